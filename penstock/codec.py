@@ -1,0 +1,174 @@
+"""Between generated messages and the values that the rest of the code sees.
+
+Decoding checks what a message's form alone can tell (lengths, dtypes, known enum
+values) and raises ProtocolError; what needs the run's state is checked by the
+coordinator's validation.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from penstock.errors import ProtocolError
+from penstock.rpc import to_duration, to_seconds
+from penstock.trajectory import (
+    FinishReason,
+    Lease,
+    PolicyVersion,
+    Reward,
+    RewardStatus,
+    Sampling,
+    Task,
+    Trajectory,
+    VersionSpan,
+)
+from penstock.v1 import coordinator_pb2, trajectory_pb2
+
+_REWARD_STATUS = {
+    RewardStatus.VALID: trajectory_pb2.REWARD_STATUS_VALID,
+    RewardStatus.NOT_YET: trajectory_pb2.REWARD_STATUS_NOT_YET,
+    RewardStatus.UNSCORABLE: trajectory_pb2.REWARD_STATUS_UNSCORABLE,
+    RewardStatus.INFRASTRUCTURE_ERROR: trajectory_pb2.REWARD_STATUS_INFRASTRUCTURE_ERROR,
+    RewardStatus.SCORER_TIMEOUT: trajectory_pb2.REWARD_STATUS_SCORER_TIMEOUT,
+}
+_REWARD_STATUS_BACK = {wire: status for status, wire in _REWARD_STATUS.items()}
+_FINISH_REASON = {
+    FinishReason.DONE: trajectory_pb2.FINISH_REASON_DONE,
+    FinishReason.LENGTH: trajectory_pb2.FINISH_REASON_LENGTH,
+    FinishReason.MAX_TURNS: trajectory_pb2.FINISH_REASON_MAX_TURNS,
+}
+_FINISH_REASON_BACK = {wire: reason for reason, wire in _FINISH_REASON.items()}
+
+
+def version_to_wire(version: PolicyVersion) -> trajectory_pb2.PolicyVersion:
+    return trajectory_pb2.PolicyVersion(epoch=version.epoch, step=version.step)
+
+
+def version_from_wire(message: trajectory_pb2.PolicyVersion) -> PolicyVersion:
+    return PolicyVersion(message.epoch, message.step)
+
+
+def task_to_wire(task: Task) -> trajectory_pb2.Task:
+    return trajectory_pb2.Task(environment=task.environment, split=task.split, index=task.index, seed=task.seed)
+
+
+def task_from_wire(message: trajectory_pb2.Task) -> Task:
+    return Task(message.environment, message.split, message.index, message.seed)
+
+
+def reward_to_wire(reward: Reward) -> trajectory_pb2.Reward:
+    return trajectory_pb2.Reward(
+        status=_REWARD_STATUS[reward.status], value=reward.value, message=reward.message
+    )
+
+
+def reward_from_wire(message: trajectory_pb2.Reward) -> Reward:
+    """Raises ProtocolError for an unknown status, or a value where there may be none."""
+    status = _REWARD_STATUS_BACK.get(message.status)
+    if status is None:
+        raise ProtocolError(f"reward status is {message.status}; expected one of {sorted(_REWARD_STATUS_BACK)}")
+    value = message.value if message.HasField("value") else None
+    if (status is RewardStatus.VALID) != (value is not None):
+        raise ProtocolError(f"reward has status {status} and value {value}; only VALID has a value, and always")
+    return Reward(status=status, value=value, message=message.message)
+
+
+def sampling_to_wire(sampling: Sampling) -> trajectory_pb2.Sampling:
+    return trajectory_pb2.Sampling(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_tokens,
+        seed=sampling.seed,
+    )
+
+
+def sampling_from_wire(message: trajectory_pb2.Sampling) -> Sampling:
+    return Sampling(
+        temperature=message.temperature,
+        top_p=message.top_p,
+        top_k=message.top_k,
+        max_tokens=message.max_tokens,
+        seed=message.seed,
+    )
+
+
+def lease_to_wire(lease: Lease) -> coordinator_pb2.Lease:
+    return coordinator_pb2.Lease(
+        lease_id=lease.lease_id,
+        group_id=lease.group_id,
+        slot=lease.slot,
+        attempt=lease.attempt,
+        task=task_to_wire(lease.task),
+        sampling=sampling_to_wire(lease.sampling),
+        progress_timeout=to_duration(lease.progress_timeout_seconds),
+    )
+
+
+def lease_from_wire(message: coordinator_pb2.Lease) -> Lease:
+    return Lease(
+        lease_id=message.lease_id,
+        group_id=message.group_id,
+        slot=message.slot,
+        attempt=message.attempt,
+        task=task_from_wire(message.task),
+        sampling=sampling_from_wire(message.sampling),
+        progress_timeout_seconds=to_seconds(message.progress_timeout),
+    )
+
+
+def trajectory_to_wire(trajectory: Trajectory) -> trajectory_pb2.Trajectory:
+    return trajectory_pb2.Trajectory(
+        trajectory_id=trajectory.trajectory_id,
+        lease_id=trajectory.lease_id,
+        token_ids=trajectory.token_ids.astype("<i4", copy=False).tobytes(),
+        loss_mask=trajectory.loss_mask.astype("u1", copy=False).tobytes(),
+        logprobs=trajectory.logprobs.astype("<f4", copy=False).tobytes(),
+        versions=[
+            trajectory_pb2.VersionSpan(version=version_to_wire(span.version), num_tokens=span.num_tokens)
+            for span in trajectory.versions
+        ],
+        reward=reward_to_wire(trajectory.reward),
+        finish_reason=_FINISH_REASON[trajectory.finish_reason],
+        num_turns=trajectory.num_turns,
+        task=task_to_wire(trajectory.task),
+        environment_version=trajectory.environment_version,
+        environment_digest=trajectory.environment_digest,
+        observation_digest=trajectory.observation_digest,
+        metrics=dict(trajectory.metrics),
+        generation_seconds=trajectory.generation_seconds,
+        environment_seconds=trajectory.environment_seconds,
+    )
+
+
+def trajectory_from_wire(message: trajectory_pb2.Trajectory) -> Trajectory:
+    """Raises ProtocolError if an array is not whole or the arrays differ in length."""
+    num_tokens = len(message.loss_mask)
+    if num_tokens == 0:
+        raise ProtocolError("loss_mask is empty; expected one byte a token")
+    if len(message.token_ids) != 4 * num_tokens or len(message.logprobs) != 4 * num_tokens:
+        raise ProtocolError(
+            f"{len(message.token_ids)} bytes of token_ids and {len(message.logprobs)} of logprobs beside "
+            f"{num_tokens} of loss_mask; expected 4, 4 and 1 a token"
+        )
+    finish_reason = _FINISH_REASON_BACK.get(message.finish_reason)
+    if finish_reason is None:
+        raise ProtocolError(f"finish_reason is {message.finish_reason}; expected DONE, LENGTH or MAX_TURNS")
+    return Trajectory(
+        trajectory_id=message.trajectory_id,
+        lease_id=message.lease_id,
+        token_ids=np.frombuffer(message.token_ids, dtype="<i4"),
+        loss_mask=np.frombuffer(message.loss_mask, dtype="u1"),
+        logprobs=np.frombuffer(message.logprobs, dtype="<f4"),
+        versions=tuple(VersionSpan(version_from_wire(s.version), s.num_tokens) for s in message.versions),
+        reward=reward_from_wire(message.reward),
+        finish_reason=finish_reason,
+        num_turns=message.num_turns,
+        task=task_from_wire(message.task),
+        environment_version=message.environment_version,
+        environment_digest=message.environment_digest,
+        observation_digest=message.observation_digest,
+        metrics=dict(message.metrics),
+        generation_seconds=message.generation_seconds,
+        environment_seconds=message.environment_seconds,
+    )

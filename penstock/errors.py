@@ -1,0 +1,65 @@
+"""Every error that penstock raises on purpose.
+
+    PenstockError
+    ├── ConfigError (ValueError)      a setting, file or flag that cannot be used; exit status 2
+    ├── ProtocolError                 a peer said what the contract forbids
+    ├── PeerLost                      a peer is gone, or did not answer by a deadline
+    ├── SessionFenced                 a newer session took over
+    ├── LedgerError                   the ledger cannot be trusted to be durable; fatal
+    ├── WeightTransferError           a version did not arrive whole; fetch again
+    ├── EngineFault                   an engine failed while generating
+    └── EnvironmentFault              an environment failed; carries the kind of fault
+
+A message says what was got, what was expected, and what to do.
+"""
+
+from enum import StrEnum
+
+
+class PenstockError(Exception):
+    """The root of the tree."""
+
+
+class ConfigError(PenstockError, ValueError):
+    """A setting, file or flag that cannot be used. The command line exits with status 2."""
+
+
+class ProtocolError(PenstockError):
+    """A peer said what the contract forbids."""
+
+
+class PeerLost(PenstockError):
+    """A peer is gone, or did not answer by a deadline."""
+
+
+class SessionFenced(PenstockError):
+    """A newer session of the same actor or trainer took over; this one must stop."""
+
+
+class LedgerError(PenstockError):
+    """The ledger cannot be trusted to be durable. Fatal: exit and replay, never retry."""
+
+
+class WeightTransferError(PenstockError):
+    """A version did not arrive whole. Nothing was changed; fetch again."""
+
+
+class EngineFault(PenstockError):
+    """An engine failed while generating."""
+
+
+class FaultKind(StrEnum):
+    """Who is at fault decides what a retry can do."""
+
+    INFRASTRUCTURE = "infrastructure"
+    """A machine, process or network: retry elsewhere."""
+    DATA = "data"
+    """The task itself: a retry will not help for long."""
+
+
+class EnvironmentFault(PenstockError):
+    """An environment failed. Never a reward."""
+
+    def __init__(self, message: str, *, kind: FaultKind = FaultKind.INFRASTRUCTURE) -> None:
+        super().__init__(message)
+        self.kind = kind

@@ -1,0 +1,112 @@
+"""gRPC servers and channels as every penstock process uses them.
+
+Every server has the standard health and reflection services. Loopback is the
+default; another address must be asked for with `insecure`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from collections.abc import Sequence
+
+import grpc
+from google.protobuf import duration_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from penstock.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+
+_SHARED_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", 16 * 1024),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+)
+SERVER_OPTIONS = (
+    *_SHARED_OPTIONS,
+    # Without this, a second server on a taken port shares it in silence.
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 2),
+)
+CHANNEL_OPTIONS = (
+    *_SHARED_OPTIONS,
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.enable_http_proxy", 0),
+)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Splits HOST:PORT. Raises ConfigError."""
+    host, separator, port = address.rpartition(":")
+    if not separator or not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"{address!r} is not an address; expected HOST:PORT, such as 127.0.0.1:7070")
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(address: str) -> bool:
+    host, _ = split_address(address)
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def server() -> grpc.aio.Server:
+    return grpc.aio.server(options=SERVER_OPTIONS)
+
+
+def bind(server: grpc.aio.Server, address: str, *, insecure: bool = False) -> int:
+    """Listens on HOST:PORT; port 0 takes a free one. Returns the port. Raises ConfigError."""
+    if not is_loopback(address) and not insecure:
+        raise ConfigError(
+            f"{address} is not a loopback address, and nothing would authenticate who connects: "
+            "bind 127.0.0.1, or pass --insecure true on a network that you trust"
+        )
+    if not is_loopback(address):
+        _log.warning("insecure: anybody who reaches %s can join, read and stop this service", address)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError:
+        port = 0
+    if port == 0:
+        raise ConfigError(f"cannot listen on {address}: the port is in use or the address is not this host's")
+    return port
+
+
+def add_standard_services(server: grpc.aio.Server, services: Sequence[str]) -> health.aio.HealthServicer:
+    """Adds health (SERVING for each service at once) and reflection."""
+    servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    for name in ("", *services):
+        servicer._server_status[name] = health_pb2.HealthCheckResponse.SERVING
+    return servicer
+
+
+def channel(address: str) -> grpc.aio.Channel:
+    split_address(address)
+    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+
+
+def to_duration(seconds: float) -> duration_pb2.Duration:
+    duration = duration_pb2.Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration
+
+
+def to_seconds(duration: duration_pb2.Duration) -> float:
+    return duration.ToNanoseconds() / 1e9
