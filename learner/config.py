@@ -1,0 +1,110 @@
+"""Settings of a run, as `penstock learner RUN.toml` reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from learner.training.config import TrainingConfig
+from penstock.errors import ConfigError
+from penstock.trajectory import Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleConfig:
+    """How much is trained on, and how far generation may run ahead."""
+
+    num_steps: int = 100
+    """Training steps, and so versions, of the run."""
+    groups_per_step: int = 8
+    group_size: int = 8
+    """Trajectories of one prompt."""
+    max_lag: int = 4
+    """Bound on the learner's version minus the oldest version in a trajectory, when it is
+    trained on. 0 is the synchronous mode."""
+    pipeline_depth: int = 0
+    """Steps' worth of groups that may be open at once; 0 means max_lag + 1. A depth below
+    that keeps fast actors from generating at the bound."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "groups_per_step"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"schedule.{name} is {getattr(self, name)}; expected at least 1")
+        if self.group_size < 2:
+            raise ConfigError(f"schedule.group_size is {self.group_size}; a group's baseline needs at least 2")
+        if self.max_lag < 0:
+            raise ConfigError(f"schedule.max_lag is {self.max_lag}; expected 0 (synchronous) or more")
+        if not 0 <= self.pipeline_depth <= self.max_lag + 1:
+            raise ConfigError(
+                f"schedule.pipeline_depth is {self.pipeline_depth}; expected 0 (automatic) to "
+                f"max_lag + 1 = {self.max_lag + 1}"
+            )
+
+    @property
+    def depth(self) -> int:
+        return self.pipeline_depth or self.max_lag + 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetConfig:
+    """When an actor, a lease or a slot is given up."""
+
+    heartbeat_seconds: float = 2.0
+    suspect_seconds: float = 6.0
+    dead_seconds: float = 10.0
+    """A session without a heartbeat for this long is dead; its leases are granted again."""
+    progress_timeout_seconds: float = 60.0
+    """A lease without a new token or turn for this long is granted again."""
+    infrastructure_budget: int = 5
+    """Infrastructure faults after which a slot is given up."""
+    data_budget: int = 2
+    """Data faults after which a slot is given up."""
+    credit_trajectories: int = 1024
+    credit_bytes: int = 64 * 1024 * 1024
+    reset_timeout_seconds: float = 30.0
+    step_timeout_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.heartbeat_seconds < self.suspect_seconds < self.dead_seconds:
+            raise ConfigError(
+                f"fleet.heartbeat_seconds {self.heartbeat_seconds}, suspect_seconds {self.suspect_seconds} and "
+                f"dead_seconds {self.dead_seconds} must grow, from above 0"
+            )
+        for name in ("progress_timeout_seconds", "reset_timeout_seconds", "step_timeout_seconds"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"fleet.{name} is {getattr(self, name)}; expected more than 0")
+        for name in ("infrastructure_budget", "data_budget", "credit_trajectories", "credit_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"fleet.{name} is {getattr(self, name)}; expected at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    policy: Path
+    """A Hugging Face folder: config.json, tokeniser, safetensors."""
+    environments: tuple[str, ...]
+    """HOST:PORT of each environment server; prompts are drawn from them in turn."""
+    run_dir: Path
+    """Ledger, checkpoints, metrics and the resolved configuration. Start again with the
+    same folder to resume."""
+    seed: int = 0
+    bind: str = "127.0.0.1:7070"
+    """Where actors and operators connect."""
+    metrics_bind: str = ""
+    """HOST:PORT of Prometheus metrics over HTTP; empty for none."""
+    insecure: bool = False
+    """Allow addresses beyond loopback although nothing authenticates who connects."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    sampling: Sampling = field(default_factory=Sampling)
+    fleet: FleetConfig = field(default_factory=FleetConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        if not self.environments:
+            raise ConfigError("environments is empty; expected at least one HOST:PORT of an environment server")
+        if self.sampling.temperature == 0 or self.sampling.top_p < 1 or self.sampling.top_k > 0:
+            raise ConfigError(
+                f"sampling has temperature {self.sampling.temperature}, top_p {self.sampling.top_p} and top_k "
+                f"{self.sampling.top_k}; training needs a temperature above 0, top_p 1 and top_k 0, since "
+                "importance ratios hold only where every token could have been sampled"
+            )

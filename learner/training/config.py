@@ -1,0 +1,112 @@
+"""Settings of the trainer: model, optimiser, algorithm, checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from penstock.errors import ConfigError
+
+
+class Device(StrEnum):
+    AUTO = "auto"
+    """cuda if there is one, else cpu."""
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Precision(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    """Compute in bfloat16; master weights and reductions stay in float32."""
+
+
+class Schedule(StrEnum):
+    CONSTANT = "constant"
+    LINEAR = "linear"
+    COSINE = "cosine"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019)."""
+
+    learning_rate: float = 1e-6
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    warmup_steps: int = 0
+    schedule: Schedule = Schedule.CONSTANT
+    """What follows the warm-up; linear and cosine end at 0 with the run's last step."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ConfigError(f"optimizer.learning_rate is {self.learning_rate}; expected more than 0")
+        if self.max_grad_norm <= 0:
+            raise ConfigError(f"optimizer.max_grad_norm is {self.max_grad_norm}; expected more than 0")
+        if self.warmup_steps < 0:
+            raise ConfigError(f"optimizer.warmup_steps is {self.warmup_steps}; expected 0 or more")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optimizer.{name} is {getattr(self, name)}; expected 0 <= {name} < 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrpoConfig:
+    """Group-relative policy optimisation (Shao et al. 2024), asynchronous."""
+
+    updates_per_step: int = 1
+    """Optimiser updates a batch is split into. With 1 the proximal policy is the learner
+    policy itself, the surrogate's ratio is 1, and the clip bounds never bind."""
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    scale_by_std: bool = True
+    """Divide a group's advantages by the standard deviation of its rewards."""
+    importance_cap: float = 2.0
+    """Truncates the ratio of proximal to behaviour policy, per token."""
+
+    def __post_init__(self) -> None:
+        if self.updates_per_step < 1:
+            raise ConfigError(f"algorithm.updates_per_step is {self.updates_per_step}; expected at least 1")
+        if not 0 < self.clip_low < 1:
+            raise ConfigError(f"algorithm.clip_low is {self.clip_low}; expected between 0 and 1")
+        if self.clip_high <= 0:
+            raise ConfigError(f"algorithm.clip_high is {self.clip_high}; expected more than 0")
+        if self.importance_cap < 1:
+            raise ConfigError(f"algorithm.importance_cap is {self.importance_cap}; expected at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    every_steps: int = 50
+    keep: int = 3
+    """Older checkpoints are deleted."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1 or self.keep < 1:
+            raise ConfigError(
+                f"checkpoint.every_steps is {self.every_steps} and keep {self.keep}; expected at least 1 each"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingConfig:
+    num_ranks: int = 1
+    """Trainer processes on this host; FSDP2 shards the policy over them."""
+    device: Device = Device.AUTO
+    precision: Precision = Precision.FLOAT32
+    row_tokens: int = 4096
+    """Token budget of a packed row. A longer trajectory has a row of its own."""
+    activation_checkpointing: bool = False
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    algorithm: GrpoConfig = field(default_factory=GrpoConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        if self.num_ranks < 1:
+            raise ConfigError(f"training.num_ranks is {self.num_ranks}; expected at least 1")
+        if self.row_tokens < 16:
+            raise ConfigError(f"training.row_tokens is {self.row_tokens}; expected at least 16")

@@ -1,0 +1,75 @@
+"""`penstock COMMAND ...`: finds the program and hands it the rest of the command line.
+
+Programs are imported when asked for, so that `penstock why` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from penstock.errors import PenstockError
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    target: str
+    """module:function, taking the arguments after the command and returning the exit status."""
+    summary: str
+
+
+_COMMANDS = {
+    "quickstart": _Command("penstock.quickstart.main:main", "train a tiny policy on this machine, and watch"),
+    "learner": _Command("learner.main:main", "start a run: coordinator and trainer"),
+    "actor": _Command("actors.main:main", "generate for a learner"),
+    "env": _Command("environments.main:main", "serve or check an environment"),
+    "train": _Command("learner.offline:main", "train from files: sft"),
+    "eval": _Command("actors.evaluate:main", "measure a policy on an environment"),
+    "export": _Command("learner.export:main", "write a checkpoint as a Hugging Face folder"),
+    "top": _Command("penstock.cli.operator:top", "watch a run"),
+    "status": _Command("penstock.cli.operator:status", "print a run's state"),
+    "why": _Command("penstock.cli.operator:why", "say what a run is waiting for"),
+    "events": _Command("penstock.cli.operator:events", "print what happened in a run"),
+    "pause": _Command("penstock.cli.operator:pause", "grant no more leases"),
+    "resume": _Command("penstock.cli.operator:resume", "grant leases again"),
+    "checkpoint": _Command("penstock.cli.operator:checkpoint", "write a checkpoint now"),
+    "drain": _Command("penstock.cli.operator:drain", "let one actor finish and leave"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command. Returns its exit status: 2 for bad input, 1 for other failures."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if arguments else 2
+    name, rest = arguments[0], arguments[1:]
+    command = _COMMANDS.get(name)
+    if command is None:
+        near = difflib.get_close_matches(name, _COMMANDS, n=1)
+        hint = f"; did you mean `penstock {near[0]}`?" if near else "; `penstock --help` lists them"
+        print(f"penstock: no command {name!r}{hint}", file=sys.stderr)
+        return 2
+    return run(command.target, rest)
+
+
+def run(target: str, argv: Sequence[str]) -> int:
+    """Calls module:function(argv); turns penstock's own errors into a line and a status."""
+    module, _, function = target.partition(":")
+    try:
+        status: int = getattr(importlib.import_module(module), function)(list(argv))
+    except PenstockError as error:
+        print(f"penstock: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def _usage() -> str:
+    width = max(map(len, _COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in _COMMANDS.items()]
+    return "usage: penstock COMMAND [--help] ...\n\n" + "\n".join(lines)
