@@ -39,7 +39,7 @@ def load(config_type: type[ConfigT], argv: Sequence[str], *, prog: str, descript
         args=[*file_flags, *flags],
         prog=prog,
         description=description,
-        config=(tyro.conf.FlagConversionOff,),
+        config=(tyro.conf.FlagConversionOff, tyro.conf.EnumChoicesFromValues),
     )
 
 
