@@ -7,10 +7,10 @@ What an actor says to the learner.
        -> AcquireLeases -> ... -> Submit (one stream) -> Leave
 
 Every call but Join carries the session's id. A newer session of the same actor
-fences the older one, whose calls then fail with ABORTED; a session that the
-learner does not know (it was dead for too long, or the learner lost its disk)
-fails with FAILED_PRECONDITION. After either, the actor joins again and sends
-what is unacknowledged under its new session.
+fences the older one, whose calls then fail with ABORTED: that process stops. A
+session that the learner does not know (it was silent for too long, or the learner
+was started again) fails with FAILED_PRECONDITION: the actor joins again, names the
+leases that it still works on, and sends what is unacknowledged in its new session.
 """
 
 from collections import abc as _abc
@@ -171,6 +171,7 @@ class JoinRequest(_message.Message):
     HOSTNAME_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
+    LEASE_IDS_FIELD_NUMBER: _builtins.int
     actor_id: _builtins.str
     """Stable over restarts of the same actor: a new session of a name fences the old."""
     protocol: _builtins.int
@@ -185,6 +186,12 @@ class JoinRequest(_message.Message):
     pid: _builtins.int
     device: _builtins.str
     """"cpu", "cuda"."""
+    @_builtins.property
+    def lease_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Leases of an earlier session that this process still works on. All others that
+        the actor held are granted again.
+        """
+
     def __init__(
         self,
         *,
@@ -196,10 +203,11 @@ class JoinRequest(_message.Message):
         hostname: _builtins.str = ...,
         pid: _builtins.int = ...,
         device: _builtins.str = ...,
+        lease_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_id", b"actor_id", "address", b"address", "device", b"device", "engine", b"engine", "hostname", b"hostname", "num_slots", b"num_slots", "pid", b"pid", "protocol", b"protocol"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_id", b"actor_id", "address", b"address", "device", b"device", "engine", b"engine", "hostname", b"hostname", "lease_ids", b"lease_ids", "num_slots", b"num_slots", "pid", b"pid", "protocol", b"protocol"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -455,13 +463,10 @@ class HeartbeatRequest(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     INSTALLED_FIELD_NUMBER: _builtins.int
-    INSTALLED_DIGEST_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
     STATS_FIELD_NUMBER: _builtins.int
     NUM_UNACKNOWLEDGED_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
-    installed_digest: _builtins.str
-    """Digest of the installed tensors, as the actor computed it."""
     num_unacknowledged: _builtins.int
     """Items in the spool that are not acknowledged."""
     @_builtins.property
@@ -477,14 +482,13 @@ class HeartbeatRequest(_message.Message):
         *,
         session_id: _builtins.str = ...,
         installed: _trajectory_pb2.PolicyVersion | None = ...,
-        installed_digest: _builtins.str = ...,
         progress: _abc.Iterable[Global___LeaseProgress] | None = ...,
         stats: Global___EngineStats | None = ...,
         num_unacknowledged: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["installed", b"installed", "stats", b"stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["installed", b"installed", "installed_digest", b"installed_digest", "num_unacknowledged", b"num_unacknowledged", "progress", b"progress", "session_id", b"session_id", "stats", b"stats"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["installed", b"installed", "num_unacknowledged", b"num_unacknowledged", "progress", b"progress", "session_id", b"session_id", "stats", b"stats"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -519,9 +523,14 @@ class AcquireLeasesRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     MAX_LEASES_FIELD_NUMBER: _builtins.int
     INSTALLED_FIELD_NUMBER: _builtins.int
+    INSTALLED_DIGEST_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     max_leases: _builtins.int
+    installed_digest: _builtins.str
+    """Digest of the installed tensors, as the actor computed it. Without the digest
+    that was published there are no leases.
+    """
     @_builtins.property
     def installed(self) -> _trajectory_pb2.PolicyVersion:
         """The version that the rollouts will start with. Must be one that is published."""
@@ -534,11 +543,12 @@ class AcquireLeasesRequest(_message.Message):
         session_id: _builtins.str = ...,
         max_leases: _builtins.int = ...,
         installed: _trajectory_pb2.PolicyVersion | None = ...,
+        installed_digest: _builtins.str = ...,
         wait: _duration_pb2.Duration | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["installed", b"installed", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["installed", b"installed", "max_leases", b"max_leases", "session_id", b"session_id", "wait", b"wait"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["installed", b"installed", "installed_digest", b"installed_digest", "max_leases", b"max_leases", "session_id", b"session_id", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

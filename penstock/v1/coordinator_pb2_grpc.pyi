@@ -7,10 +7,10 @@ What an actor says to the learner.
        -> AcquireLeases -> ... -> Submit (one stream) -> Leave
 
 Every call but Join carries the session's id. A newer session of the same actor
-fences the older one, whose calls then fail with ABORTED; a session that the
-learner does not know (it was dead for too long, or the learner lost its disk)
-fails with FAILED_PRECONDITION. After either, the actor joins again and sends
-what is unacknowledged under its new session.
+fences the older one, whose calls then fail with ABORTED: that process stops. A
+session that the learner does not know (it was silent for too long, or the learner
+was started again) fails with FAILED_PRECONDITION: the actor joins again, names the
+leases that it still works on, and sends what is unacknowledged in its new session.
 """
 
 from collections import abc as _abc
