@@ -22,7 +22,16 @@ from penstock.trajectory import (
     Trajectory,
     VersionSpan,
 )
-from penstock.v1 import coordinator_pb2, trajectory_pb2
+from penstock.v1 import coordinator_pb2, trajectory_pb2, weights_pb2
+from penstock.weights.manifest import (
+    DIGEST_BYTES,
+    Manifest,
+    Medium,
+    SharedMemoryMedium,
+    TensorEntry,
+    ZeromqMedium,
+    check_manifest,
+)
 
 _REWARD_STATUS = {
     RewardStatus.VALID: trajectory_pb2.REWARD_STATUS_VALID,
@@ -49,7 +58,9 @@ def version_from_wire(message: trajectory_pb2.PolicyVersion) -> PolicyVersion:
 
 
 def task_to_wire(task: Task) -> trajectory_pb2.Task:
-    return trajectory_pb2.Task(environment=task.environment, split=task.split, index=task.index, seed=task.seed)
+    return trajectory_pb2.Task(
+        environment=task.environment, split=task.split, index=task.index, seed=task.seed
+    )
 
 
 def task_from_wire(message: trajectory_pb2.Task) -> Task:
@@ -66,10 +77,14 @@ def reward_from_wire(message: trajectory_pb2.Reward) -> Reward:
     """Raises ProtocolError for an unknown status, or a value where there may be none."""
     status = _REWARD_STATUS_BACK.get(message.status)
     if status is None:
-        raise ProtocolError(f"reward status is {message.status}; expected one of {sorted(_REWARD_STATUS_BACK)}")
+        raise ProtocolError(
+            f"reward status is {message.status}; expected one of {sorted(_REWARD_STATUS_BACK)}"
+        )
     value = message.value if message.HasField("value") else None
     if (status is RewardStatus.VALID) != (value is not None):
-        raise ProtocolError(f"reward has status {status} and value {value}; only VALID has a value, and always")
+        raise ProtocolError(
+            f"reward has status {status} and value {value}; only VALID has a value, and always"
+        )
     return Reward(status=status, value=value, message=message.message)
 
 
@@ -172,3 +187,73 @@ def trajectory_from_wire(message: trajectory_pb2.Trajectory) -> Trajectory:
         generation_seconds=message.generation_seconds,
         environment_seconds=message.environment_seconds,
     )
+
+
+def manifest_to_wire(manifest: Manifest) -> weights_pb2.WeightManifest:
+    return weights_pb2.WeightManifest(
+        version=version_to_wire(manifest.version),
+        tensors=[
+            weights_pb2.WeightTensor(
+                name=tensor.name,
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                offset=tensor.offset,
+                num_bytes=tensor.num_bytes,
+            )
+            for tensor in manifest.tensors
+        ],
+        num_bytes=manifest.num_bytes,
+        chunk_bytes=manifest.chunk_bytes,
+        chunk_digests=b"".join(manifest.chunk_digests),
+        digest=manifest.digest,
+        media=[_medium_to_wire(medium) for medium in manifest.media],
+    )
+
+
+def manifest_from_wire(message: weights_pb2.WeightManifest) -> Manifest:
+    """Raises ProtocolError unless layout, sizes and digests agree.
+
+    Media of a kind that this program does not know are left out: a newer learner may
+    offer more ways to the same bytes.
+    """
+    digests = message.chunk_digests
+    if len(digests) % DIGEST_BYTES != 0:
+        raise ProtocolError(f"chunk_digests has {len(digests)} bytes; expected a multiple of {DIGEST_BYTES}")
+    manifest = Manifest(
+        version=version_from_wire(message.version),
+        tensors=tuple(
+            TensorEntry(
+                name=tensor.name,
+                dtype=tensor.dtype,
+                shape=tuple(tensor.shape),
+                offset=tensor.offset,
+                num_bytes=tensor.num_bytes,
+            )
+            for tensor in message.tensors
+        ),
+        num_bytes=message.num_bytes,
+        chunk_bytes=message.chunk_bytes,
+        chunk_digests=tuple(
+            digests[start : start + DIGEST_BYTES] for start in range(0, len(digests), DIGEST_BYTES)
+        ),
+        digest=message.digest,
+        media=tuple(
+            _medium_from_wire(medium) for medium in message.media if medium.WhichOneof("medium") is not None
+        ),
+    )
+    check_manifest(manifest)
+    return manifest
+
+
+def _medium_to_wire(medium: Medium) -> weights_pb2.WeightMedium:
+    if isinstance(medium, SharedMemoryMedium):
+        return weights_pb2.WeightMedium(
+            shared_memory=weights_pb2.SharedMemoryMedium(name=medium.name, nonce=medium.nonce)
+        )
+    return weights_pb2.WeightMedium(zeromq=weights_pb2.ZeromqMedium(endpoint=medium.endpoint))
+
+
+def _medium_from_wire(message: weights_pb2.WeightMedium) -> Medium:
+    if message.HasField("shared_memory"):
+        return SharedMemoryMedium(name=message.shared_memory.name, nonce=message.shared_memory.nonce)
+    return ZeromqMedium(endpoint=message.zeromq.endpoint)

@@ -1,19 +1,42 @@
 """What a version consists of, and the digests that prove it.
 
 The layout is that of protos/penstock/v1/weights.proto: tensors packed in the
-manifest's order, each at a multiple of 64 bytes, gaps zero; chunks of equal size.
+manifest's order, each at a multiple of 64 bytes, gaps zero; chunks of equal size, the
+last of them shorter.
+
+The overall digest is BLAKE3-256 over these bytes (integers are unsigned 64-bit
+little-endian, strings are UTF-8 behind their length):
+
+    "penstock weights 1\\n"
+    chunk_bytes, number of tensors
+    for each tensor: name, dtype, number of dimensions, each dimension, offset, num_bytes
+    number of chunks, each chunk's digest
+
+so it is a function of the tensors alone, and not of the version or of the media.
 """
 
 from __future__ import annotations
 
+import math
+import struct
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
 
+from penstock.errors import ProtocolError
 from penstock.trajectory import PolicyVersion
 
 ALIGNMENT = 64
 CHUNK_BYTES = 1024 * 1024
+MAX_CHUNK_BYTES = 8 * 1024 * 1024
 DIGEST_BYTES = 32
+DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+"""Bytes an element, by safetensors' name of the dtype."""
+
+_PREAMBLE = b"penstock weights 1\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,3 +73,142 @@ class Manifest:
     chunk_digests: tuple[bytes, ...]
     digest: str
     media: tuple[Medium, ...] = ()
+
+    def chunk(self, index: int) -> slice:
+        """Where chunk `index` lies in the buffer."""
+        start = index * self.chunk_bytes
+        return slice(start, min(start + self.chunk_bytes, self.num_bytes))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class HostTensor:
+    """A tensor in host memory, of whatever library, as bytes."""
+
+    name: str
+    dtype: str
+    """safetensors' name: "F32", "BF16", "F16"."""
+    shape: tuple[int, ...]
+    data: NDArray[np.uint8]
+    """[num_bytes] uint8, contiguous: the elements in row-major order, little-endian."""
+
+
+def plan_layout(tensors: Iterable[HostTensor]) -> tuple[tuple[TensorEntry, ...], int]:
+    """Places tensors one after another. Returns the entries and the buffer's size in bytes.
+
+    Raises ValueError for a dtype that is not transported, or data of the wrong size.
+    """
+    entries: list[TensorEntry] = []
+    end = 0
+    for tensor in tensors:
+        num_bytes = _tensor_bytes(tensor.dtype, tensor.shape)
+        if num_bytes is None or tensor.data.shape != (num_bytes,) or tensor.data.dtype != np.uint8:
+            raise ValueError(
+                f"tensor {tensor.name!r} of {tensor.dtype}{list(tensor.shape)} has data of "
+                f"{tensor.data.dtype}{list(tensor.data.shape)}; expected {num_bytes} uint8 and a dtype "
+                f"among {sorted(DTYPE_BYTES)}"
+            )
+        offset = _aligned(end)
+        end = offset + num_bytes
+        entries.append(
+            TensorEntry(
+                name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, offset=offset, num_bytes=num_bytes
+            )
+        )
+    return tuple(entries), end
+
+
+def num_chunks(num_bytes: int, chunk_bytes: int) -> int:
+    return -(-num_bytes // chunk_bytes)
+
+
+def chunk_digest(data: NDArray[np.uint8] | bytes | memoryview) -> bytes:
+    """BLAKE3-256 of one chunk."""
+    return blake3(memoryview(data)).digest()
+
+
+def table_digest(tensors: Sequence[TensorEntry], chunk_bytes: int, chunk_digests: Sequence[bytes]) -> str:
+    """The digest that names the whole set of tensors, in hexadecimal. See the module's docstring."""
+    digest = blake3(_PREAMBLE)
+    digest.update(_integers(chunk_bytes, len(tensors)))
+    for tensor in tensors:
+        digest.update(_text(tensor.name) + _text(tensor.dtype))
+        digest.update(_integers(len(tensor.shape), *tensor.shape, tensor.offset, tensor.num_bytes))
+    digest.update(_integers(len(chunk_digests)))
+    digest.update(b"".join(chunk_digests))
+    return digest.hexdigest()
+
+
+def verify_chunk(manifest: Manifest, index: int, data: NDArray[np.uint8] | bytes | memoryview) -> bool:
+    """Whether `data` is chunk `index` of the manifest, to the bit."""
+    where = manifest.chunk(index)
+    return len(data) == where.stop - where.start and chunk_digest(data) == manifest.chunk_digests[index]
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Raises ProtocolError unless the manifest's parts agree with each other and with its digest."""
+    if not ALIGNMENT <= manifest.chunk_bytes <= MAX_CHUNK_BYTES:
+        raise ProtocolError(
+            f"manifest has chunks of {manifest.chunk_bytes} bytes; expected {ALIGNMENT} to {MAX_CHUNK_BYTES}"
+        )
+    _check_tensors(manifest)
+    expected_chunks = num_chunks(manifest.num_bytes, manifest.chunk_bytes)
+    if len(manifest.chunk_digests) != expected_chunks:
+        raise ProtocolError(
+            f"manifest has {len(manifest.chunk_digests)} chunk digests for {manifest.num_bytes} bytes "
+            f"in chunks of {manifest.chunk_bytes}; expected {expected_chunks}"
+        )
+    if any(len(digest) != DIGEST_BYTES for digest in manifest.chunk_digests):
+        raise ProtocolError(f"manifest has a chunk digest that is not of {DIGEST_BYTES} bytes")
+    digest = table_digest(manifest.tensors, manifest.chunk_bytes, manifest.chunk_digests)
+    if manifest.digest != digest:
+        raise ProtocolError(
+            f"manifest of version {manifest.version} says digest {manifest.digest!r}, but its tensor table "
+            f"and chunk digests make {digest!r}; ask for the manifest again"
+        )
+
+
+def _check_tensors(manifest: Manifest) -> None:
+    if not manifest.tensors:
+        raise ProtocolError("manifest names no tensors; expected at least one")
+    names: set[str] = set()
+    end = 0
+    for tensor in manifest.tensors:
+        if not tensor.name or tensor.name in names:
+            raise ProtocolError(f"manifest has a tensor named {tensor.name!r} twice, or without a name")
+        names.add(tensor.name)
+        num_bytes = _tensor_bytes(tensor.dtype, tensor.shape)
+        if num_bytes is None:
+            raise ProtocolError(
+                f"tensor {tensor.name!r} has dtype {tensor.dtype!r}; expected one of {sorted(DTYPE_BYTES)}"
+            )
+        if tensor.num_bytes != num_bytes:
+            raise ProtocolError(
+                f"tensor {tensor.name!r} of {tensor.dtype}{list(tensor.shape)} has {tensor.num_bytes} bytes; "
+                f"expected {num_bytes}"
+            )
+        if tensor.offset != _aligned(end):
+            raise ProtocolError(
+                f"tensor {tensor.name!r} starts at byte {tensor.offset}; expected {_aligned(end)}, the first "
+                f"multiple of {ALIGNMENT} behind the tensor before it"
+            )
+        end = tensor.offset + num_bytes
+    if manifest.num_bytes != end:
+        raise ProtocolError(f"manifest has {manifest.num_bytes} bytes; its tensors end at byte {end}")
+
+
+def _tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int | None:
+    element = DTYPE_BYTES.get(dtype)
+    return None if element is None else element * math.prod(shape)
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def _integers(*values: int) -> bytes:
+    return struct.pack(f"<{len(values)}Q", *values)
+
+
+def _text(value: str) -> bytes:
+    encoded = value.encode()
+    return _integers(len(encoded)) + encoded

@@ -1,0 +1,286 @@
+"""Memory that trainer, coordinator and actors of one host share: files, mapped.
+
+A segment is a file of 64 bytes of header, then one version's packed tensors. The
+header's first 16 bytes are the nonce. The writer sets it to zero, writes the tensors,
+then sets it to a random value that the manifest repeats; so a reader that finds the
+manifest's nonce before *and* after it read knows that nobody wrote in between. (It
+verifies digests as well.)
+
+Plain files rather than multiprocessing.shared_memory, whose resource tracker unlinks
+what other processes still use. They are allocated once and then reused: writing to
+fresh pages is ten times slower than to warm ones.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import mmap
+import os
+import re
+import secrets
+import stat
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.errors import ConfigError, WeightTransferError
+from penstock.trajectory import PolicyVersion
+from penstock.weights.manifest import (
+    CHUNK_BYTES,
+    HostTensor,
+    Manifest,
+    SharedMemoryMedium,
+    TensorEntry,
+    chunk_digest,
+    num_chunks,
+    plan_layout,
+    table_digest,
+)
+
+HEADER_BYTES = 64
+NONCE_BYTES = 16
+
+_log = logging.getLogger(__name__)
+
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+_PREFIX = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\.[0-9a-f]{16}")
+_PROBE_BYTES = 4096
+
+
+class Segment:
+    """One mapped file. Unmapped when nothing refers to its bytes any more."""
+
+    def __init__(self, mapping: mmap.mmap, name: str) -> None:
+        self.name = name
+        self._bytes: NDArray[np.uint8] = np.frombuffer(mapping, dtype=np.uint8)
+
+    @property
+    def nonce(self) -> str:
+        """Hexadecimal; zeros while the segment is being written."""
+        return self._bytes[:NONCE_BYTES].tobytes().hex()
+
+    @property
+    def capacity(self) -> int:
+        return self._bytes.size - HEADER_BYTES
+
+    @property
+    def payload(self) -> NDArray[np.uint8]:
+        """[capacity] uint8, in place; writable only in the process that created the segment."""
+        return self._bytes[HEADER_BYTES:]
+
+    def set_nonce(self, nonce: bytes) -> None:
+        self._bytes[:NONCE_BYTES] = np.frombuffer(nonce, dtype=np.uint8)
+
+
+def open_segment(medium: SharedMemoryMedium, num_bytes: int) -> Segment:
+    """Maps a segment of this host for reading. Raises WeightTransferError.
+
+    It may have been overwritten since, or be another host's: compare `nonce`.
+    """
+    if not _NAME.fullmatch(medium.name):
+        raise WeightTransferError(
+            f"{medium.name!r} is not a segment's name; expected PREFIX.16 hexadecimal digits"
+        )
+    for directory in _directories():
+        try:
+            file = os.open(
+                directory / medium.name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            )
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise WeightTransferError(
+                f"segment {directory / medium.name} cannot be opened: {error}"
+            ) from error
+        try:
+            return Segment(_map_for_reading(file, num_bytes), medium.name)
+        finally:
+            os.close(file)
+    raise WeightTransferError(f"segment {medium.name} is not on this host, or its trainer is gone")
+
+
+def _map_for_reading(file: int, num_bytes: int) -> mmap.mmap:
+    status = os.fstat(file)
+    if not stat.S_ISREG(status.st_mode) or status.st_size < HEADER_BYTES + num_bytes:
+        raise WeightTransferError(
+            f"segment has {status.st_size} bytes; expected a file of at least {HEADER_BYTES + num_bytes}"
+        )
+    return mmap.mmap(file, 0, prot=mmap.PROT_READ)
+
+
+class SegmentRing:
+    """The trainer's side: the newest versions, each in a segment of its own, reused in turn.
+
+    Segments lie in /dev/shm or, if that has no room, in the folder for temporary files.
+    Files of the same prefix whose writer is dead are removed at the start; a lock that
+    ends with its process tells who is alive.
+    """
+
+    def __init__(self, *, name_prefix: str, num_segments: int = 4, chunk_bytes: int = CHUNK_BYTES) -> None:
+        if not _PREFIX.fullmatch(name_prefix):
+            raise ConfigError(
+                f"{name_prefix!r} cannot begin a file's name; expected letters, digits, - and _"
+            )
+        if num_segments < 2:
+            raise ConfigError(
+                f"num_segments is {num_segments}; expected at least 2, since readers lag behind"
+            )
+        self._prefix = name_prefix
+        self._num_segments = num_segments
+        self._chunk_bytes = chunk_bytes
+        self._segments: list[_OwnedSegment] = []
+        self._next = 0
+        self._newest: _Written | None = None
+        _remove_stale(name_prefix)
+
+    def write(self, version: PolicyVersion, tensors: Sequence[HostTensor]) -> Manifest:
+        """Packs a version into the oldest segment, and describes it.
+
+        Chunks that are equal to the newest version's are not hashed again. Raises
+        WeightTransferError when there is no room anywhere.
+        """
+        entries, num_bytes = plan_layout(tensors)
+        owned = self._oldest(num_bytes)
+        segment = owned.segment
+        segment.set_nonce(bytes(NONCE_BYTES))
+        payload = segment.payload[:num_bytes]
+        _pack(payload, entries, tensors)
+        digests = self._digests(payload)
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        segment.set_nonce(nonce)
+        self._newest = _Written(payload, digests)
+        return Manifest(
+            version=version,
+            tensors=entries,
+            num_bytes=num_bytes,
+            chunk_bytes=self._chunk_bytes,
+            chunk_digests=digests,
+            digest=table_digest(entries, self._chunk_bytes, digests),
+            media=(SharedMemoryMedium(name=segment.name, nonce=nonce.hex()),),
+        )
+
+    def close(self) -> None:
+        """Removes the files; who has them mapped keeps the bytes. May be called twice."""
+        self._newest = None
+        while self._segments:
+            self._segments.pop().remove()
+
+    def _oldest(self, num_bytes: int) -> _OwnedSegment:
+        if len(self._segments) < self._num_segments:
+            self._segments.append(_create(self._prefix, num_bytes))
+            return self._segments[-1]
+        index = self._next
+        self._next = (index + 1) % self._num_segments
+        if self._segments[index].segment.capacity < num_bytes:
+            self._segments[index].remove()
+            self._segments[index] = _create(self._prefix, num_bytes)
+        return self._segments[index]
+
+    def _digests(self, payload: NDArray[np.uint8]) -> tuple[bytes, ...]:
+        newest = self._newest
+        digests = []
+        for index in range(num_chunks(payload.size, self._chunk_bytes)):
+            where = slice(index * self._chunk_bytes, (index + 1) * self._chunk_bytes)
+            chunk = payload[where]
+            if newest is not None and _equal(chunk, newest.payload[where]):
+                digests.append(newest.digests[index])
+            else:
+                digests.append(chunk_digest(chunk))
+        return tuple(digests)
+
+
+class _Written:
+    """What the newest segment holds."""
+
+    def __init__(self, payload: NDArray[np.uint8], digests: tuple[bytes, ...]) -> None:
+        self.payload = payload
+        self.digests = digests
+
+
+class _OwnedSegment:
+    """A segment that this process made, with the file whose lock shows that it lives."""
+
+    def __init__(self, segment: Segment, path: Path, file: int) -> None:
+        self.segment = segment
+        self._path = path
+        self._file = file
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
+        os.close(self._file)
+
+
+def _create(prefix: str, num_bytes: int) -> _OwnedSegment:
+    name = f"{prefix}.{secrets.token_hex(8)}"
+    refusals = []
+    for directory in _directories():
+        try:
+            return _create_in(directory, name, num_bytes)
+        except OSError as error:
+            refusals.append(f"{directory}: {error}")
+            _log.warning(
+                "%s has no room for a weight segment of %d bytes (%s); publishing takes longer elsewhere",
+                directory, num_bytes, error,
+            )  # fmt: skip
+    raise WeightTransferError(f"no room for a weight segment of {num_bytes} bytes: {'; '.join(refusals)}")
+
+
+def _create_in(directory: Path, name: str, num_bytes: int) -> _OwnedSegment:
+    path = directory / name
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Reserves the pages: without it a full /dev/shm would kill the writer with SIGBUS.
+        os.posix_fallocate(file, 0, HEADER_BYTES + num_bytes)
+        return _OwnedSegment(Segment(mmap.mmap(file, HEADER_BYTES + num_bytes), name), path, file)
+    except OSError:
+        path.unlink(missing_ok=True)
+        os.close(file)
+        raise
+
+
+def _remove_stale(prefix: str) -> None:
+    for directory in _directories():
+        for path in directory.glob(f"{prefix}.*"):
+            if _NAME.fullmatch(path.name) and _is_abandoned(path):
+                _log.info("removing %s, which a dead process left behind", path)
+                path.unlink(missing_ok=True)
+
+
+def _is_abandoned(path: Path) -> bool:
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    else:
+        return True
+    finally:
+        os.close(file)
+
+
+def _directories() -> tuple[Path, ...]:
+    return (_SHARED_MEMORY, Path(tempfile.gettempdir()))
+
+
+def _pack(payload: NDArray[np.uint8], entries: Sequence[TensorEntry], tensors: Sequence[HostTensor]) -> None:
+    end = 0
+    for entry, tensor in zip(entries, tensors, strict=True):
+        payload[end : entry.offset] = 0
+        end = entry.offset + entry.num_bytes
+        payload[entry.offset : end] = tensor.data
+
+
+def _equal(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> bool:
+    """Whether two chunks are equal; a look at their beginnings settles it for most that are not."""
+    if left.size != right.size or not np.array_equal(left[:_PROBE_BYTES], right[:_PROBE_BYTES]):
+        return False
+    return np.array_equal(left, right)
