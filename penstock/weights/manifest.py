@@ -121,9 +121,9 @@ def num_chunks(num_bytes: int, chunk_bytes: int) -> int:
     return -(-num_bytes // chunk_bytes)
 
 
-def chunk_digest(data: NDArray[np.uint8] | bytes | memoryview) -> bytes:
+def chunk_digest(data: NDArray[np.uint8]) -> bytes:
     """BLAKE3-256 of one chunk."""
-    return blake3(memoryview(data)).digest()
+    return blake3(data.data).digest()
 
 
 def table_digest(tensors: Sequence[TensorEntry], chunk_bytes: int, chunk_digests: Sequence[bytes]) -> str:
@@ -138,10 +138,10 @@ def table_digest(tensors: Sequence[TensorEntry], chunk_bytes: int, chunk_digests
     return digest.hexdigest()
 
 
-def verify_chunk(manifest: Manifest, index: int, data: NDArray[np.uint8] | bytes | memoryview) -> bool:
+def verify_chunk(manifest: Manifest, index: int, data: NDArray[np.uint8]) -> bool:
     """Whether `data` is chunk `index` of the manifest, to the bit."""
     where = manifest.chunk(index)
-    return len(data) == where.stop - where.start and chunk_digest(data) == manifest.chunk_digests[index]
+    return data.size == where.stop - where.start and chunk_digest(data) == manifest.chunk_digests[index]
 
 
 def check_manifest(manifest: Manifest) -> None:

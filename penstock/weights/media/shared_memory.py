@@ -1,0 +1,54 @@
+"""Chunks from the trainer's own segment, for receivers on the same host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from penstock.errors import WeightTransferError
+from penstock.weights.manifest import Manifest, Medium, SharedMemoryMedium
+from penstock.weights.media.base import Chunk, Patience
+from penstock.weights.segment import Segment, open_segment
+
+
+class SharedMemoryReceiver:
+    """Keeps what it mapped: the ring's few segments come back again and again."""
+
+    def __init__(self, *, num_segments: int = 8) -> None:
+        self._num_segments = num_segments
+        self._mapped: dict[str, Segment] = {}
+
+    @property
+    def medium(self) -> type[Medium]:
+        return SharedMemoryMedium
+
+    def chunks(
+        self, manifest: Manifest, medium: Medium, indices: Sequence[int], patience: Patience
+    ) -> Iterator[Chunk]:
+        assert isinstance(medium, SharedMemoryMedium)
+        segment = self._map(medium, manifest.num_bytes)
+        payload = segment.payload
+        for index in indices:
+            patience.check("shared memory")
+            _check_nonce(segment, medium, manifest)
+            yield index, payload[manifest.chunk(index)]
+        _check_nonce(segment, medium, manifest)
+
+    def close(self) -> None:
+        self._mapped.clear()
+
+    def _map(self, medium: SharedMemoryMedium, num_bytes: int) -> Segment:
+        segment = self._mapped.get(medium.name)
+        if segment is None or segment.capacity < num_bytes:
+            segment = open_segment(medium, num_bytes)
+            if len(self._mapped) >= self._num_segments:
+                self._mapped.pop(next(iter(self._mapped)))
+            self._mapped[medium.name] = segment
+        return segment
+
+
+def _check_nonce(segment: Segment, medium: SharedMemoryMedium, manifest: Manifest) -> None:
+    if segment.nonce != medium.nonce:
+        raise WeightTransferError(
+            f"segment {medium.name} does not hold version {manifest.version} (any more): its nonce is "
+            f"{segment.nonce}, expected {medium.nonce}; fetch a newer version"
+        )

@@ -1,0 +1,330 @@
+"""Chunks over ZeroMQ, for receivers on other hosts.
+
+    receiver (DEALER)                 server (ROUTER, a thread of the coordinator)
+      ChunkRequest          ->
+      up to CREDITS of them ->
+                            <-        ChunkHeader, bytes      one answer a request
+
+The receiver's credits are all the flow control there is: the server never has more
+than a few chunks queued for a receiver, and drops what a greedier one asks for.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import zmq
+from google.protobuf.message import DecodeError
+
+from penstock.errors import ConfigError, WeightTransferError
+from penstock.trajectory import PolicyVersion
+from penstock.v1 import trajectory_pb2, weights_pb2
+from penstock.weights.manifest import (
+    DIGEST_BYTES,
+    MAX_CHUNK_BYTES,
+    Manifest,
+    Medium,
+    SharedMemoryMedium,
+    ZeromqMedium,
+)
+from penstock.weights.media.base import Chunk, Patience
+from penstock.weights.segment import Segment, open_segment
+
+CREDITS = 8
+
+_log = logging.getLogger(__name__)
+
+# ZeroMQ counts what was read in steps of half a queue: one of CREDITS alone would drop answers.
+_QUEUE_MESSAGES = 2 * CREDITS
+_POLL_MILLISECONDS = 100
+_MAX_REQUEST_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerStats:
+    """Counts since the server started."""
+
+    num_requests: int
+    num_chunks: int
+    """Chunks sent."""
+    num_bytes: int
+    """Bytes of chunks sent."""
+    num_missing: int
+    """Requests for a version or chunk that is not held."""
+    num_malformed: int
+    """Messages that are no request, and were dropped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Held:
+    manifest: Manifest
+    medium: SharedMemoryMedium
+    segment: Segment
+
+    def has(self, request: weights_pb2.ChunkRequest) -> bool:
+        digests = self.manifest.chunk_digests
+        return (
+            request.index < len(digests)
+            and digests[request.index] == request.digest
+            and self.segment.nonce == self.medium.nonce
+        )
+
+
+class ZeromqServer:
+    """Serves the newest versions from the trainer's segments, in a thread of its own."""
+
+    def __init__(self, bind: str, *, num_versions: int = 4) -> None:
+        """Listens on `bind`, "tcp://HOST:PORT"; port 0 takes a free one. Raises ConfigError."""
+        self._num_versions = num_versions
+        self._held: dict[PolicyVersion, _Held] = {}
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._num_requests = self._num_chunks = self._num_bytes = 0
+        self._num_missing = self._num_malformed = 0
+        self._context = zmq.Context()
+        self._socket = _router(self._context, bind)
+        self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._thread = threading.Thread(target=self._serve, name="weights-zeromq", daemon=True)
+        self._thread.start()
+
+    def add(self, manifest: Manifest) -> None:
+        """Serves a version from its segment, and forgets the oldest beyond `num_versions`.
+
+        Raises WeightTransferError if the segment is not on this host or was overwritten.
+        """
+        medium = next((each for each in manifest.media if isinstance(each, SharedMemoryMedium)), None)
+        if medium is None:
+            raise WeightTransferError(f"version {manifest.version} has no shared memory to serve it from")
+        segment = open_segment(medium, manifest.num_bytes)
+        if segment.nonce != medium.nonce:
+            raise WeightTransferError(
+                f"segment {medium.name} does not hold version {manifest.version} (any more)"
+            )
+        with self._lock:
+            self._held[manifest.version] = _Held(manifest=manifest, medium=medium, segment=segment)
+            for version in sorted(self._held)[: -self._num_versions]:
+                del self._held[version]
+
+    def remove(self, version: PolicyVersion) -> None:
+        """Stops serving a version; receivers are told that it is not held."""
+        with self._lock:
+            self._held.pop(version, None)
+
+    def stats(self) -> ServerStats:
+        return ServerStats(
+            num_requests=self._num_requests,
+            num_chunks=self._num_chunks,
+            num_bytes=self._num_bytes,
+            num_missing=self._num_missing,
+            num_malformed=self._num_malformed,
+        )
+
+    def close(self) -> None:
+        """Stops serving. May be called twice."""
+        self._closing.set()
+        self._thread.join()
+        with self._lock:
+            self._held.clear()
+
+    def _serve(self) -> None:
+        try:
+            while not self._closing.is_set():
+                if self._socket.poll(_POLL_MILLISECONDS, zmq.POLLIN):
+                    self._answer(self._socket.recv_multipart())
+        finally:
+            self._socket.close()
+            self._context.term()
+
+    def _answer(self, frames: list[bytes]) -> None:
+        request = _parse_request(frames)
+        if request is None:
+            self._num_malformed += 1
+            return
+        self._num_requests += 1
+        with self._lock:
+            held = self._held.get(PolicyVersion(request.version.epoch, request.version.step))
+        found = held is not None and held.has(request)
+        header = weights_pb2.ChunkHeader(index=request.index, found=found, version=request.version)
+        prefix = [frames[0], header.SerializeToString()]
+        if held is None or not found:
+            self._num_missing += 1
+            self._socket.send_multipart([*prefix, b""])
+            return
+        chunk = held.segment.payload[held.manifest.chunk(request.index)]
+        # Sent from the mapped segment. Should the trainer overwrite it meanwhile, the receiver
+        # sees another digest and asks again, and then the nonce tells us that it is gone.
+        self._socket.send_multipart([*prefix, chunk.data], copy=False)
+        self._num_chunks += 1
+        self._num_bytes += chunk.size
+
+
+class ZeromqReceiver:
+    """Asks a server for chunks, a bounded number at a time."""
+
+    def __init__(self, *, resend_seconds: float = 2.0, progress_seconds: float = 10.0) -> None:
+        """
+        resend_seconds: requests without an answer for this long are sent again.
+        progress_seconds: the transfer fails when no chunk came for this long.
+        """
+        self._resend_seconds = resend_seconds
+        self._progress_seconds = progress_seconds
+        self._context = zmq.Context()
+
+    @property
+    def medium(self) -> type[Medium]:
+        return ZeromqMedium
+
+    def chunks(
+        self, manifest: Manifest, medium: Medium, indices: Sequence[int], patience: Patience
+    ) -> Iterator[Chunk]:
+        assert isinstance(medium, ZeromqMedium)
+        socket = _dealer(self._context, medium.endpoint)
+        try:
+            yield from self._pull(socket, manifest, medium, indices, patience)
+        finally:
+            socket.close()
+
+    def close(self) -> None:
+        self._context.term()
+
+    def _pull(
+        self,
+        socket: zmq.Socket[bytes],
+        manifest: Manifest,
+        medium: ZeromqMedium,
+        indices: Sequence[int],
+        patience: Patience,
+    ) -> Iterator[Chunk]:
+        requests = _Requests(socket, manifest, indices)
+        waiting_for = f"{medium.endpoint} to send version {manifest.version}"
+        progress = resent = time.monotonic()
+        while requests.fill():
+            patience.check(waiting_for)
+            if socket.poll(_POLL_MILLISECONDS, zmq.POLLIN):
+                chunk = requests.receive()
+                if chunk is not None:
+                    progress = time.monotonic()
+                    yield chunk
+                continue
+            now = time.monotonic()
+            if now - progress > self._progress_seconds:
+                raise WeightTransferError(
+                    f"no chunk in {self._progress_seconds} s while waiting for {waiting_for}"
+                )
+            if now - max(progress, resent) > self._resend_seconds:
+                resent = now
+                requests.resend()
+
+
+class _Requests:
+    """The chunks that are still to be asked for, and those that are asked for."""
+
+    def __init__(self, socket: zmq.Socket[bytes], manifest: Manifest, indices: Sequence[int]) -> None:
+        self._socket = socket
+        self._manifest = manifest
+        self._todo = list(reversed(indices))
+        self._outstanding: set[int] = set()
+
+    def fill(self) -> bool:
+        """Sends requests as far as the credits go. False when every chunk is here."""
+        while self._todo and len(self._outstanding) < CREDITS:
+            self._outstanding.add(self._todo[-1])
+            self._send(self._todo.pop())
+        return bool(self._outstanding)
+
+    def resend(self) -> None:
+        for index in sorted(self._outstanding):
+            self._send(index)
+
+    def receive(self) -> Chunk | None:
+        """Reads one answer; None if nobody waits for it."""
+        frames = self._socket.recv_multipart(copy=False)
+        if len(frames) != 2:
+            raise WeightTransferError(f"an answer of {len(frames)} frames; expected a header and a chunk")
+        header = _parse_header(frames[0].bytes)
+        if header.index not in self._outstanding:
+            return None
+        if not header.found:
+            raise WeightTransferError(
+                f"the server holds version {self._manifest.version} no more; fetch a newer version"
+            )
+        self._outstanding.remove(header.index)
+        return header.index, np.frombuffer(frames[1].buffer, dtype=np.uint8)
+
+    def _send(self, index: int) -> None:
+        version = self._manifest.version
+        request = weights_pb2.ChunkRequest(
+            digest=self._manifest.chunk_digests[index],
+            version=trajectory_pb2.PolicyVersion(epoch=version.epoch, step=version.step),
+            index=index,
+        )
+        try:
+            self._socket.send(request.SerializeToString(), zmq.NOBLOCK)
+        except zmq.Again:
+            # The queue to a server that is not there is full; `resend` comes back to it.
+            _log.debug("request for chunk %d is held back: the queue is full", index)
+
+
+def _parse_request(frames: list[bytes]) -> weights_pb2.ChunkRequest | None:
+    if len(frames) != 2:
+        return None
+    try:
+        request = weights_pb2.ChunkRequest.FromString(frames[1])
+    except DecodeError:
+        return None
+    return request if len(request.digest) == DIGEST_BYTES else None
+
+
+def _parse_header(frame: bytes) -> weights_pb2.ChunkHeader:
+    try:
+        return weights_pb2.ChunkHeader.FromString(frame)
+    except DecodeError as error:
+        raise WeightTransferError(f"an answer whose header is no ChunkHeader: {error}") from error
+
+
+def _router(context: zmq.Context[zmq.Socket[bytes]], bind: str) -> zmq.Socket[bytes]:
+    socket = context.socket(zmq.ROUTER)
+    _configure(socket, max_message_bytes=_MAX_REQUEST_BYTES)
+    try:
+        socket.bind(bind)
+    except zmq.ZMQError as error:
+        socket.close()
+        context.term()
+        raise ConfigError(
+            f"cannot serve weights on {bind}: {error}; expected tcp://HOST:PORT, free"
+        ) from error
+    return socket
+
+
+def _dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
+    socket = context.socket(zmq.DEALER)
+    _configure(socket, max_message_bytes=MAX_CHUNK_BYTES + 64 * 1024)
+    try:
+        if not endpoint.startswith("tcp://"):
+            raise WeightTransferError(f"{endpoint!r} is no endpoint for weights; expected tcp://HOST:PORT")
+        socket.connect(endpoint)
+    except zmq.ZMQError as error:
+        socket.close()
+        raise WeightTransferError(f"cannot connect to {endpoint!r} for weights: {error}") from error
+    except WeightTransferError:
+        socket.close()
+        raise
+    return socket
+
+
+def _configure(socket: zmq.Socket[bytes], *, max_message_bytes: int) -> None:
+    for option, value in (
+        (zmq.LINGER, 0),
+        (zmq.MAXMSGSIZE, max_message_bytes),
+        (zmq.SNDHWM, _QUEUE_MESSAGES),
+        (zmq.RCVHWM, _QUEUE_MESSAGES),
+        (zmq.HEARTBEAT_IVL, 2000),
+        (zmq.HEARTBEAT_TIMEOUT, 8000),
+        (zmq.HANDSHAKE_IVL, 5000),
+    ):
+        socket.setsockopt(option, value)
