@@ -68,7 +68,8 @@ class Reward:
 NOT_YET = Reward(status=RewardStatus.NOT_YET)
 
 
-class Task(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Task:
     """One task of one environment. The members of a group share all four fields."""
 
     environment: str

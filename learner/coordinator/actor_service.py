@@ -1,0 +1,231 @@
+"""What actors call: protos/penstock/v1/coordinator.proto over the scheduler."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from learner.config import FleetConfig
+from learner.coordinator.core import Coordinator, wait_until
+from learner.coordinator.fleet import ActorInfo, ReportedStats
+from learner.coordinator.groups import LeaseOutcome
+from learner.coordinator.publications import Publications
+from learner.coordinator.records import TrajectoryState
+from learner.coordinator.refusals import refusals
+from learner.coordinator.scheduler import Verdict
+from learner.coordinator.validation import RejectionCode
+from penstock import PROTOCOL
+from penstock.codec import lease_to_wire, version_from_wire, version_to_wire
+from penstock.errors import ProtocolError
+from penstock.rpc import to_duration, to_seconds
+from penstock.v1 import coordinator_pb2 as pb
+from penstock.v1 import coordinator_pb2_grpc, weights_pb2
+
+MAX_LEASE_WAIT_SECONDS = 30.0
+
+_STATE_KIND = {
+    TrajectoryState.PENDING: pb.VERDICT_KIND_ACCEPTED,
+    TrajectoryState.STALE: pb.VERDICT_KIND_STALE,
+    TrajectoryState.SURPLUS: pb.VERDICT_KIND_SURPLUS,
+    TrajectoryState.QUARANTINED: pb.VERDICT_KIND_QUARANTINED,
+}
+_CODES = {code: pb.RejectionCode.Value(f"REJECTION_CODE_{code.name}") for code in RejectionCode}
+_OUTCOMES = {
+    pb.RELEASE_REASON_DRAINING: LeaseOutcome.DRAINED,
+    pb.RELEASE_REASON_INFRASTRUCTURE: LeaseOutcome.INFRASTRUCTURE,
+    pb.RELEASE_REASON_DATA: LeaseOutcome.DATA,
+    pb.RELEASE_REASON_REVOKED: LeaseOutcome.REVOKED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """What every actor is told when it joins."""
+
+    run_id: str
+    environments: Sequence[pb.EnvironmentEndpoint]
+    policy_files: weights_pb2.PolicyFiles
+    config: FleetConfig
+
+    def to(self, session_id: str) -> pb.JoinResponse:
+        return pb.JoinResponse(
+            session_id=session_id,
+            run_id=self.run_id,
+            heartbeat_interval=to_duration(self.config.heartbeat_seconds),
+            policy_files=self.policy_files,
+            environments=self.environments,
+            credits=self.credits,
+            reset_timeout=to_duration(self.config.reset_timeout_seconds),
+            step_timeout=to_duration(self.config.step_timeout_seconds),
+        )
+
+    @property
+    def credits(self) -> pb.Credits:
+        return pb.Credits(
+            num_trajectories=self.config.credit_trajectories, num_bytes=self.config.credit_bytes
+        )
+
+
+class ActorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
+    """Sessions, directives, leases and submissions."""
+
+    def __init__(self, coordinator: Coordinator, publications: Publications, welcome: Welcome) -> None:
+        self._coordinator = coordinator
+        self._scheduler = coordinator.scheduler
+        self._publications = publications
+        self._welcome = welcome
+
+    async def Join(  # noqa: N802
+        self, request: pb.JoinRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.JoinResponse:
+        async with refusals(context):
+            _check_join(request)
+            info = ActorInfo(
+                actor_id=request.actor_id,
+                engine=request.engine,
+                num_slots=request.num_slots,
+                address=request.address,
+                hostname=request.hostname,
+                pid=request.pid,
+                device=request.device,
+            )
+            session_id = uuid.uuid4().hex
+            self._scheduler.join(session_id, info, request.lease_ids, self._coordinator.clock())
+            await self._coordinator.commit()
+            return self._welcome.to(session_id)
+
+    async def Watch(  # noqa: N802
+        self, request: pb.WatchRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.WatchResponse]:
+        async with refusals(context):
+            session = self._scheduler.fleet.require(request.session_id, self._coordinator.clock())
+            sent = None
+            while not self._coordinator.stop.is_set():
+                change = self._coordinator.changed.next()
+                manifest = self._publications.newest
+                if manifest is not None and manifest is not sent:
+                    sent = manifest
+                    yield pb.WatchResponse(version=manifest)
+                for revocation in self._coordinator.take_revocations(request.session_id):
+                    revoke = pb.RevokeLeases(lease_ids=[revocation.lease_id], reason=revocation.reason)
+                    yield pb.WatchResponse(revoke=revoke)
+                if self._scheduler.finished:
+                    yield pb.WatchResponse(drain=pb.Drain(reason="the run is finished", finished=True))
+                    return
+                if self._scheduler.fleet.find(request.session_id) is not session:
+                    return
+                await wait_until(change, self._coordinator.clock() + 10.0)
+
+    async def Heartbeat(  # noqa: N802
+        self, request: pb.HeartbeatRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.HeartbeatResponse:
+        async with refusals(context):
+            installed = version_from_wire(request.installed) if request.HasField("installed") else None
+            self._scheduler.heartbeat(
+                request.session_id,
+                installed=installed,
+                stats=_stats(request.stats),
+                progress=[(p.lease_id, p.num_tokens, p.num_turns) for p in request.progress],
+                now=self._coordinator.clock(),
+            )
+            newest = self._scheduler.version
+            return pb.HeartbeatResponse(newest=None if newest is None else version_to_wire(newest))
+
+    async def AcquireLeases(  # noqa: N802
+        self, request: pb.AcquireLeasesRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.AcquireLeasesResponse:
+        async with refusals(context):
+            clock = self._coordinator.clock
+            deadline = clock() + min(to_seconds(request.wait), MAX_LEASE_WAIT_SECONDS)
+            while True:
+                change = self._coordinator.changed.next()
+                leases, reason = self._scheduler.acquire(
+                    request.session_id,
+                    version_from_wire(request.installed),
+                    request.installed_digest,
+                    request.max_leases,
+                    clock(),
+                )
+                if leases:
+                    await self._coordinator.commit()
+                    return pb.AcquireLeasesResponse(leases=[lease_to_wire(lease) for lease in leases])
+                if self._coordinator.stop.is_set() or not await wait_until(change, deadline):
+                    return pb.AcquireLeasesResponse(reason=reason)
+
+    async def Submit(  # noqa: N802
+        self,
+        request_iterator: AsyncIterator[pb.SubmitRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[pb.SubmitResponse]:
+        session_id = ""
+        async with refusals(context):
+            async for request in request_iterator:
+                session_id = session_id or request.session_id
+                verdicts = [self._decide(session_id, item) for item in request.items]
+                await self._coordinator.commit()
+                session = self._scheduler.fleet.require(session_id, self._coordinator.clock())
+                yield pb.SubmitResponse(
+                    acknowledged=session.last_sequence, verdicts=verdicts, credits=self._welcome.credits
+                )
+
+    async def Leave(  # noqa: N802
+        self, request: pb.LeaveRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.LeaveResponse:
+        async with refusals(context):
+            self._scheduler.leave(request.session_id, request.reason, self._coordinator.clock())
+            await self._coordinator.commit()
+            return pb.LeaveResponse()
+
+    def _decide(self, session_id: str, item: pb.SubmitItem) -> pb.Verdict:
+        now = self._coordinator.clock()
+        kind = item.WhichOneof("item")
+        if kind == "trajectory":
+            verdict = self._scheduler.submit(session_id, item.sequence, item.trajectory, now)
+            return _verdict_to_wire(item.sequence, verdict)
+        if kind == "release" and item.release.reason in _OUTCOMES:
+            outcome, message = _OUTCOMES[item.release.reason], item.release.message
+            self._scheduler.release(session_id, item.sequence, item.release.lease_id, outcome, message, now)
+            return pb.Verdict(sequence=item.sequence, kind=pb.VERDICT_KIND_ACCEPTED)
+        message = "expected a trajectory, or a release with a reason"
+        verdict = self._scheduler.reject(session_id, item.sequence, RejectionCode.EMPTY, message, now)
+        return _verdict_to_wire(item.sequence, verdict)
+
+
+def _check_join(request: pb.JoinRequest) -> None:
+    if request.protocol != PROTOCOL:
+        raise ProtocolError(
+            f"the actor speaks protocol {request.protocol}, this learner {PROTOCOL}: install the same penstock"
+        )
+    if not request.actor_id or len(request.actor_id) > 200 or request.num_slots == 0:
+        raise ProtocolError(
+            f"actor_id is {request.actor_id[:40]!r} and num_slots {request.num_slots}; expected a name of at most "
+            "200 characters and at least one slot"
+        )
+
+
+def _stats(stats: pb.EngineStats) -> ReportedStats:
+    return ReportedStats(
+        num_running=stats.num_running,
+        num_waiting=stats.num_waiting,
+        num_tokens=stats.num_tokens,
+        tokens_per_second=stats.tokens_per_second,
+        num_installs=stats.num_installs,
+        max_install_seconds=stats.max_install_seconds,
+    )
+
+
+def _verdict_to_wire(sequence: int, verdict: Verdict) -> pb.Verdict:
+    if verdict.state is not None:
+        return pb.Verdict(sequence=sequence, kind=_STATE_KIND[verdict.state], message=verdict.message)
+    if verdict.code is not None:
+        return pb.Verdict(
+            sequence=sequence,
+            kind=pb.VERDICT_KIND_REJECTED,
+            code=_CODES[verdict.code],
+            message=verdict.message,
+        )
+    return pb.Verdict(sequence=sequence, kind=pb.VERDICT_KIND_DUPLICATE)

@@ -1,0 +1,101 @@
+"""The scheduler, its ledger, and everybody who waits for either."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+from learner.coordinator.explain import TrainerWait, why
+from learner.coordinator.ledger import Ledger, Totals
+from learner.coordinator.scheduler import Revocation, Scheduler
+from penstock.signals import Stop
+
+
+class Pulse:
+    """Wakes all who wait, each time something changed.
+
+    Take `next()` before looking at the state, then wait for it: no change is missed.
+    """
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def fire(self) -> None:
+        self._event.set()
+        self._event = asyncio.Event()
+
+    def next(self) -> asyncio.Event:
+        return self._event
+
+
+async def wait_until(event: asyncio.Event, deadline: float) -> bool:
+    """Waits for an event until a reading of `time.monotonic`; False if the deadline came first."""
+    try:
+        async with asyncio.timeout(max(deadline - time.monotonic(), 0.0)):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True
+
+
+class Coordinator:
+    """What the gRPC services share: decide, write down, answer."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        ledger: Ledger,
+        stop: Stop,
+        *,
+        run_id: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.run_id = run_id
+        self.scheduler = scheduler
+        self.ledger = ledger
+        self.stop = stop
+        self.clock = clock
+        self.started_at = clock()
+        self.changed = Pulse()
+        self.trainer: TrainerWait | None = None
+        self.checkpoint_requested = False
+        self.step_metrics: dict[str, float] = {}
+        self.totals = ledger.totals()
+        self._revocations: defaultdict[str, list[Revocation]] = defaultdict(list)
+
+    async def commit(self) -> None:
+        """Returns once all that was decided so far is on disk, then wakes who waits for it.
+
+        Records go to the ledger's queue before the first await, so their order is that of
+        the decisions. Raises LedgerError.
+        """
+        for revocation in self.scheduler.take_revocations():
+            self._revocations[revocation.session_id].append(revocation)
+        await self.ledger.write(self.scheduler.take_records())
+        self.changed.fire()
+
+    def take_revocations(self, session_id: str) -> list[Revocation]:
+        return self._revocations.pop(session_id, [])
+
+    def why(self) -> list[str]:
+        return why(self.scheduler, self.trainer, self.clock())
+
+    def tokens_per_second(self) -> float:
+        return sum(session.stats.tokens_per_second for session in self.scheduler.fleet.sessions())
+
+    async def refresh_totals(self) -> Totals:
+        self.totals = await asyncio.to_thread(self.ledger.totals)
+        return self.totals
+
+    async def tick_forever(self) -> None:
+        """Ends what is past its deadline, once a second, until the stop."""
+        while not await self.stop.sleep(1.0):
+            self.scheduler.tick(self.clock())
+            live = {session.session_id for session in self.scheduler.fleet.sessions()}
+            for gone in self._revocations.keys() - live:
+                del self._revocations[gone]
+            await self.commit()
+            await self.refresh_totals()
+        self.changed.fire()

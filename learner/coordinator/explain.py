@@ -1,0 +1,84 @@
+"""Who waits for whom, for how long, and what would end it: `penstock why`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from learner.coordinator.fleet import ActorState
+from learner.coordinator.groups import Group
+from learner.coordinator.scheduler import Scheduler, Waiting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerWait:
+    """What the trainer did last, as the coordinator saw it."""
+
+    since: float
+    """Monotonic seconds."""
+    waiting: Waiting | None
+    """None while it trains."""
+
+
+def why(scheduler: Scheduler, trainer: TrainerWait | None, now: float) -> list[str]:
+    """From the learner outwards; each line names what would end the wait before it."""
+    lines = list(_learner(scheduler, trainer, now))
+    if trainer is not None and trainer.waiting is not None and not scheduler.finished:
+        lines += _groups(scheduler, trainer.waiting.groups, now)
+    lines += _actors(scheduler, now)
+    return lines
+
+
+def _learner(scheduler: Scheduler, trainer: TrainerWait | None, now: float) -> Iterator[str]:
+    if scheduler.finished:
+        yield "nothing: the run is finished"
+    elif trainer is None or scheduler.version is None:
+        yield "the coordinator waits for the trainer to publish its first version"
+    elif trainer.waiting is None:
+        yield f"the learner trains step {scheduler.version.step} since {now - trainer.since:.1f} s"
+    else:
+        yield f"the learner waits since {now - trainer.since:.1f} s for {trainer.waiting.reason}"
+    if scheduler.paused:
+        yield "an operator paused the run: no leases are granted until `penstock resume`"
+
+
+def _groups(scheduler: Scheduler, groups: Iterable[Group], now: float) -> Iterator[str]:
+    """The unfinished groups' missing slots, gathered by the actor that holds them."""
+    held: defaultdict[str, list[str]] = defaultdict(list)
+    stalled: dict[str, tuple[float, float]] = {}
+    unleased = 0
+    for group in groups:
+        for slot in group.slots:
+            lease = scheduler.leases.get(slot.lease_id) if slot.lease_id else None
+            if lease is None:
+                unleased += slot.is_free
+                continue
+            session = scheduler.fleet.find(lease.session_id)
+            name = session.info.actor_id if session else "an actor that has not joined again"
+            held[name].append(lease.lease_id)
+            quiet, left = stalled.get(name, (0.0, lease.deadline - now))
+            stalled[name] = (max(quiet, now - lease.progress_at), min(left, lease.deadline - now))
+    for name, leases in sorted(held.items(), key=lambda item: -len(item[1])):
+        quiet, left = stalled[name]
+        yield (
+            f"{len(leases)} slots are with {name}: no progress for up to {quiet:.1f} s; the first lease "
+            f"expires in {max(left, 0.0):.0f} s"
+        )
+    if unleased:
+        yield f"{unleased} slots are free: they wait for an actor with room"
+
+
+def _actors(scheduler: Scheduler, now: float) -> Iterator[str]:
+    sessions = scheduler.fleet.sessions()
+    if not sessions and not scheduler.finished:
+        yield "no actor is connected: start one with `penstock actor --learner HOST:PORT`"
+    for session in sessions:
+        state = scheduler.fleet.state(session, now)
+        if state is ActorState.SUSPECT:
+            yield f"{session.info.actor_id} is silent for {now - session.heard_at:.1f} s"
+        elif state is ActorState.INSTALLING:
+            yield f"{session.info.actor_id} has not installed a version yet"
+    for name, faults in sorted(scheduler.faults.items()):
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(faults.counts.items()))
+        yield f"environment {name} had faults ({counts}); the last: {faults.last}"

@@ -1,0 +1,120 @@
+"""Actors' sessions: who is here, who is silent, who was fenced. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from learner.config import FleetConfig
+from penstock.errors import PeerLost, SessionFenced
+from penstock.trajectory import PolicyVersion
+
+
+class ActorState(StrEnum):
+    INSTALLING = "installing"
+    """Has not installed a version yet."""
+    READY = "ready"
+    SUSPECT = "suspect"
+    """Silent for longer than a heartbeat should take."""
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorInfo:
+    """What an actor says of itself when it joins."""
+
+    actor_id: str
+    engine: str
+    num_slots: int
+    address: str = ""
+    hostname: str = ""
+    pid: int = 0
+    device: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportedStats:
+    num_running: int = 0
+    num_waiting: int = 0
+    num_tokens: int = 0
+    tokens_per_second: float = 0.0
+    num_installs: int = 0
+    max_install_seconds: float = 0.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Session:
+    session_id: str
+    number: int
+    info: ActorInfo
+    heard_at: float
+    installed: PolicyVersion | None = None
+    stats: ReportedStats = field(default_factory=ReportedStats)
+    draining: bool = False
+    last_sequence: int = 0
+    """Of the items that were submitted and decided upon."""
+
+
+class Fleet:
+    """Sessions by id, at most one live for each actor."""
+
+    def __init__(self, config: FleetConfig) -> None:
+        self._config = config
+        self._live: dict[str, Session] = {}
+        self._fenced: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def sessions(self) -> list[Session]:
+        return sorted(self._live.values(), key=lambda session: session.number)
+
+    def of_actor(self, actor_id: str) -> Session | None:
+        return next((s for s in self._live.values() if s.info.actor_id == actor_id), None)
+
+    def find(self, session_id: str) -> Session | None:
+        return self._live.get(session_id)
+
+    def join(self, session_id: str, number: int, info: ActorInfo, now: float) -> Session:
+        session = Session(session_id=session_id, number=number, info=info, heard_at=now)
+        self._live[session_id] = session
+        return session
+
+    def fence(self, session_id: str, newer: str) -> None:
+        """Ends a session because a newer one of its actor joined."""
+        self._live.pop(session_id, None)
+        self._fenced[session_id] = newer
+        while len(self._fenced) > 10_000:
+            self._fenced.pop(next(iter(self._fenced)))
+
+    def remove(self, session_id: str) -> Session | None:
+        return self._live.pop(session_id, None)
+
+    def require(self, session_id: str, now: float) -> Session:
+        """The live session, noted as heard. Raises SessionFenced, PeerLost."""
+        session = self._live.get(session_id)
+        if session is None:
+            if session_id in self._fenced:
+                raise SessionFenced(
+                    f"session {session_id} was replaced by {self._fenced[session_id]} of the same actor; "
+                    "give each actor a name of its own"
+                )
+            raise PeerLost(f"session {session_id or '(none)'} is not known here; join again")
+        session.heard_at = now
+        return session
+
+    def silent(self, now: float) -> list[Session]:
+        """Sessions to be declared dead."""
+        return [s for s in self._live.values() if now - s.heard_at >= self._config.dead_seconds]
+
+    def state(self, session: Session, now: float) -> ActorState:
+        if now - session.heard_at >= self._config.suspect_seconds:
+            return ActorState.SUSPECT
+        if session.draining:
+            return ActorState.DRAINING
+        return ActorState.INSTALLING if session.installed is None else ActorState.READY
+
+    def shift(self, seconds: float) -> None:
+        """Forgives everybody a pause of the learner itself."""
+        for session in self._live.values():
+            session.heard_at += seconds

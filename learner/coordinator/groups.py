@@ -1,0 +1,100 @@
+"""Groups and their slots: what is leased, filled, or given up."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from penstock.trajectory import PolicyVersion, Task
+
+
+class LeaseOutcome(StrEnum):
+    """How a lease ended."""
+
+    FILLED = "filled"
+    EXPIRED = "expired"
+    """No progress until the deadline."""
+    DEAD = "dead"
+    """Its actor's session died."""
+    DRAINED = "drained"
+    INFRASTRUCTURE = "infrastructure"
+    DATA = "data"
+    REVOKED = "revoked"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filled:
+    """What training needs to know of the trajectory in a slot, besides its payload."""
+
+    trajectory_id: str
+    oldest_step: int
+    """Step of the oldest version among its tokens."""
+    num_sampled: int
+    mixed: bool
+    observation_digest: str
+
+
+@dataclass(slots=True, kw_only=True)
+class Slot:
+    """One of a group's places. It is leased until a trajectory fills it or it is given up."""
+
+    next_attempt: int = 0
+    lease_id: str | None = None
+    """The newest lease, while it is live. Earlier ones may still fill the slot."""
+    filled: Filled | None = None
+    given_up: bool = False
+    faults: Counter[LeaseOutcome] = field(default_factory=Counter)
+
+    @property
+    def is_free(self) -> bool:
+        return self.filled is None and self.lease_id is None and not self.given_up
+
+    @property
+    def is_settled(self) -> bool:
+        return self.filled is not None or self.given_up
+
+
+@dataclass(slots=True, kw_only=True)
+class Group:
+    """The siblings of one prompt."""
+
+    group_id: int
+    task: Task
+    born: PolicyVersion
+    due: int
+    """The last step on which the group may be trained."""
+    slots: list[Slot]
+    extra_ids: set[str] = field(default_factory=set)
+    """Trajectories of this group that filled no slot."""
+    deaths: set[str] = field(default_factory=set)
+    """Sessions that died while they held one of its leases."""
+
+    @property
+    def is_settled(self) -> bool:
+        return all(slot.is_settled for slot in self.slots)
+
+    @property
+    def members(self) -> list[Filled]:
+        return [slot.filled for slot in self.slots if slot.filled is not None]
+
+    @property
+    def is_ready(self) -> bool:
+        """Trainable: every slot is settled, and a baseline can be computed."""
+        return self.is_settled and len(self.members) >= 2
+
+    @property
+    def num_missing(self) -> int:
+        return sum(not slot.is_settled for slot in self.slots)
+
+    @property
+    def observation_digest(self) -> str | None:
+        return next((member.observation_digest for member in self.members), None)
+
+    def free_slot(self) -> int | None:
+        return next((number for number, slot in enumerate(self.slots) if slot.is_free), None)
+
+    def holds(self, trajectory_id: str) -> bool:
+        return trajectory_id in self.extra_ids or any(
+            member.trajectory_id == trajectory_id for member in self.members
+        )

@@ -1,0 +1,97 @@
+"""Live leases and their deadlines. Pure: the clock's reading is passed in."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+
+@dataclass(slots=True, kw_only=True)
+class LiveLease:
+    lease_id: str
+    group_id: int
+    slot: int
+    session_id: str
+    granted_at: float
+    deadline: float
+    """Monotonic seconds."""
+    num_tokens: int = 0
+    num_turns: int = 0
+    progress_at: float = 0.0
+
+
+class LeaseTable:
+    """Leases that are live. A lease is extended by progress, never by a heartbeat alone."""
+
+    def __init__(self, *, progress_timeout: float) -> None:
+        self._progress_timeout = progress_timeout
+        self._leases: dict[str, LiveLease] = {}
+        self._by_session: defaultdict[str, set[str]] = defaultdict(set)
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def get(self, lease_id: str) -> LiveLease | None:
+        return self._leases.get(lease_id)
+
+    def of_session(self, session_id: str) -> list[LiveLease]:
+        return [self._leases[lease_id] for lease_id in sorted(self._by_session.get(session_id, ()))]
+
+    def grant(self, *, lease_id: str, group_id: int, slot: int, session_id: str, now: float) -> LiveLease:
+        lease = LiveLease(
+            lease_id=lease_id,
+            group_id=group_id,
+            slot=slot,
+            session_id=session_id,
+            granted_at=now,
+            deadline=now + self._progress_timeout,
+            progress_at=now,
+        )
+        self._leases[lease_id] = lease
+        self._by_session[session_id].add(lease_id)
+        return lease
+
+    def end(self, lease_id: str) -> LiveLease | None:
+        """Removes a lease; None if it was not live."""
+        lease = self._leases.pop(lease_id, None)
+        if lease is not None:
+            self._forget(lease)
+        return lease
+
+    def adopt(self, lease_id: str, session_id: str, now: float) -> bool:
+        """Moves a live lease to a newer session of its actor. False if it is not live."""
+        lease = self._leases.get(lease_id)
+        if lease is None:
+            return False
+        self._forget(lease)
+        lease.session_id = session_id
+        lease.deadline = now + self._progress_timeout
+        self._by_session[session_id].add(lease_id)
+        return True
+
+    def progress(
+        self, lease_id: str, session_id: str, *, num_tokens: int, num_turns: int, now: float
+    ) -> None:
+        """Extends a lease if its rollout has more tokens or turns than it had."""
+        lease = self._leases.get(lease_id)
+        if lease is None or lease.session_id != session_id:
+            return
+        if num_tokens > lease.num_tokens or num_turns > lease.num_turns:
+            lease.num_tokens = max(num_tokens, lease.num_tokens)
+            lease.num_turns = max(num_turns, lease.num_turns)
+            lease.progress_at = now
+            lease.deadline = now + self._progress_timeout
+
+    def expired(self, now: float) -> list[LiveLease]:
+        return [lease for lease in self._leases.values() if lease.deadline <= now]
+
+    def shift(self, seconds: float) -> None:
+        """Moves every deadline, after a pause of the learner itself."""
+        for lease in self._leases.values():
+            lease.deadline += seconds
+
+    def _forget(self, lease: LiveLease) -> None:
+        held = self._by_session[lease.session_id]
+        held.discard(lease.lease_id)
+        if not held:
+            del self._by_session[lease.session_id]

@@ -1,0 +1,526 @@
+"""The ledger: one SQLite database, one writer, many records to a commit.
+
+`write` returns once its records are committed and synced (WAL, synchronous=FULL). All
+records that wait while one commit runs go into the next, so the cost of a sync is
+shared without a timer. A failed write or sync is fatal: nothing is acknowledged any
+more, and the process must exit and replay (a retried fsync says OK for lost pages).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import queue
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import apsw
+
+from learner.coordinator.groups import Filled, Group, LeaseOutcome, Slot
+from learner.coordinator.records import (
+    BatchTrained,
+    CheckpointWritten,
+    EventLogged,
+    GroupDropped,
+    GroupOpened,
+    ItemsRefused,
+    LeaseEnded,
+    LeaseGranted,
+    LineageOpened,
+    Record,
+    RunFinished,
+    SequenceAdvanced,
+    SessionClosed,
+    SessionOpened,
+    TrajectoryState,
+    TrajectoryStored,
+    VersionPublished,
+)
+from penstock.errors import ConfigError, LedgerError
+from penstock.trajectory import PolicyVersion, Task
+
+_log = logging.getLogger(__name__)
+
+FORMAT = "1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """What the ledger counts. `imbalance` is 0, or something was lost."""
+
+    accepted: int = 0
+    by_state: dict[TrajectoryState, int] = field(default_factory=dict)
+    duplicates: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)
+    max_lag_trained: int = 0
+    mixed_version_trained: int = 0
+    tokens_trained: int = 0
+    by_environment: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def imbalance(self) -> int:
+        return self.accepted - sum(self.by_state.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovered:
+    """What a coordinator needs to go on with a run."""
+
+    run_id: str
+    epoch: int
+    """Of the newest lineage; 0 if no trainer ever started."""
+    num_sessions: int
+    next_group_id: int
+    open_groups: tuple[Group, ...]
+    live_leases: tuple[tuple[str, int, int], ...]
+    """(lease_id, group_id, slot) of leases that had not ended."""
+    versions: dict[PolicyVersion, str]
+    """Digest of every version ever published."""
+    finished: bool
+
+
+class Ledger:
+    """Opens, or creates, the ledger of a run folder. Raises ConfigError, LedgerError."""
+
+    def __init__(self, path: Path, *, on_fatal: Callable[[LedgerError], None] = lambda _: None) -> None:
+        self.path = path
+        self._on_fatal = on_fatal
+        self._lock_file = _lock(path)
+        self._failed: LedgerError | None = None
+        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
+        try:
+            self._db = _open(path)
+            self._reader = _open_reader(path)
+        except apsw.Error as error:
+            raise LedgerError(f"{path}: the ledger cannot be opened: {error}") from error
+        self._writer = threading.Thread(target=self._write_forever, name="ledger-writer", daemon=True)
+        self._writer.start()
+
+    async def write(self, records: Sequence[Record]) -> None:
+        """Returns once the records, and all written before them, are on disk. Raises LedgerError."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        self._queue.put(
+            _Write(tuple(records), lambda error: loop.call_soon_threadsafe(_settle, future, error))
+        )
+        await future
+
+    def write_blocking(self, records: Sequence[Record], *, timeout_seconds: float = 60.0) -> None:
+        """`write` for callers without an event loop."""
+        done: queue.SimpleQueue[LedgerError | None] = queue.SimpleQueue()
+        self._queue.put(_Write(tuple(records), done.put))
+        error = done.get(timeout=timeout_seconds)
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Writes what is queued, then closes. May be called twice."""
+        if self._lock_file.closed:
+            return
+        self._queue.put(None)
+        self._writer.join(timeout=30.0)
+        self._reader.close()
+        self._db.close()
+        self._lock_file.close()
+
+    # -- reading ------------------------------------------------------------------------
+
+    def recover(self) -> Recovered:
+        """Reads the state to go on from."""
+        meta = dict(self._rows("SELECT name, value FROM meta"))
+        (num_sessions,) = self._row("SELECT coalesce(max(number), 0) FROM sessions")
+        (next_group_id,) = self._row("SELECT coalesce(max(group_id) + 1, 0) FROM groups")
+        live = self._rows(
+            "SELECT lease_id, group_id, slot FROM leases WHERE outcome IS NULL "
+            "AND group_id IN (SELECT group_id FROM groups WHERE state = 'open')"
+        )
+        versions = self._rows("SELECT epoch, step, digest FROM versions")
+        return Recovered(
+            run_id=meta["run_id"],
+            epoch=int(meta.get("epoch", 0)),
+            num_sessions=num_sessions,
+            next_group_id=next_group_id,
+            open_groups=tuple(self._groups("state = 'open'", ())),
+            live_leases=tuple((row[0], row[1], row[2]) for row in live),
+            versions={PolicyVersion(epoch, step): digest for epoch, step, digest in versions},
+            finished="finished" in meta,
+        )
+
+    def groups_trained_from(self, step: int) -> list[Group]:
+        """Groups that steps >= `step` trained, as they were just before: complete and pending."""
+        return list(self._groups("state = 'trained' AND step >= ?", (step,)))
+
+    def totals(self) -> Totals:
+        """Counts what is on disk, over a connection of its own: safe in any thread."""
+        try:
+            with contextlib.closing(_open_reader(self.path)) as db, db:
+                tallies = dict(db.execute("SELECT name, value FROM tallies"))
+                states = dict(db.execute("SELECT state, count(*) FROM trajectories GROUP BY state"))
+                environments = dict(
+                    db.execute("SELECT environment, count(*) FROM trajectories GROUP BY environment")
+                )
+                ((lag, mixed, tokens),) = db.execute(
+                    "SELECT coalesce(max(lag), 0), coalesce(sum(mixed), 0), coalesce(sum(num_sampled), 0) "
+                    "FROM trajectories WHERE state = 'trained'"
+                )
+        except apsw.Error as error:
+            raise LedgerError(f"{self.path}: cannot be read: {error}") from error
+        prefix = "rejected:"
+        return Totals(
+            accepted=tallies.get("accepted", 0),
+            by_state={TrajectoryState(state): count for state, count in states.items()},
+            duplicates=tallies.get("duplicate", 0),
+            rejected={n.removeprefix(prefix): v for n, v in tallies.items() if n.startswith(prefix)},
+            max_lag_trained=lag,
+            mixed_version_trained=mixed,
+            tokens_trained=tokens,
+            by_environment=environments,
+        )
+
+    def payloads(self, trajectory_ids: Iterable[str]) -> list[bytes]:
+        """The trajectories as they were sent, in the order asked for. Raises LedgerError."""
+        payloads = []
+        for trajectory_id in trajectory_ids:
+            rows = self._rows("SELECT payload FROM payloads WHERE trajectory_id = ?", (trajectory_id,))
+            if not rows:
+                raise LedgerError(f"trajectory {trajectory_id} is to be trained, but its payload is gone")
+            payloads.append(rows[0][0])
+        return payloads
+
+    def has_trajectory(self, trajectory_id: str) -> bool:
+        return bool(self._rows("SELECT 1 FROM trajectories WHERE trajectory_id = ?", (trajectory_id,)))
+
+    def find_lease(self, lease_id: str) -> tuple[int, int] | None:
+        """(group_id, slot) of any lease that was ever granted."""
+        rows = self._rows("SELECT group_id, slot FROM leases WHERE lease_id = ?", (lease_id,))
+        return (rows[0][0], rows[0][1]) if rows else None
+
+    def manifest(self, version: PolicyVersion) -> bytes | None:
+        rows = self._rows("SELECT manifest FROM versions WHERE epoch = ? AND step = ?", version)
+        return rows[0][0] if rows else None
+
+    def newest_version(self, epoch: int) -> PolicyVersion | None:
+        (step,) = self._row("SELECT max(step) FROM versions WHERE epoch = ?", (epoch,))
+        return None if step is None else PolicyVersion(epoch, step)
+
+    def events_after(self, sequence: int, limit: int = 1000) -> list[tuple[int, float, str, str]]:
+        return self._rows(
+            "SELECT sequence, time, kind, message FROM events WHERE sequence > ? ORDER BY sequence LIMIT ?",
+            (sequence, limit),
+        )
+
+    def _groups(self, condition: str, parameters: tuple[Any, ...]) -> Iterator[Group]:
+        rows = self._rows(
+            "SELECT group_id, environment, split, task_index, seed, born_epoch, born_step, num_slots "
+            f"FROM groups WHERE {condition} ORDER BY group_id",
+            parameters,
+        )
+        for group_id, environment, split, index, seed, epoch, step, num_slots in rows:
+            group = Group(
+                group_id=group_id,
+                task=Task(environment, split, index, int(seed)),
+                born=PolicyVersion(epoch, step),
+                due=step,
+                slots=[Slot() for _ in range(num_slots)],
+            )
+            self._fill(group)
+            yield group
+
+    def _fill(self, group: Group) -> None:
+        for slot, attempt, outcome, session_id in self._rows(
+            "SELECT slot, attempt, outcome, session_id FROM leases WHERE group_id = ?", (group.group_id,)
+        ):
+            held = group.slots[slot]
+            held.next_attempt = max(held.next_attempt, attempt + 1)
+            if outcome == LeaseOutcome.DEAD:
+                group.deaths.add(session_id)
+            elif outcome is not None:
+                held.faults[LeaseOutcome(outcome)] += 1
+        for row in self._rows(
+            "SELECT trajectory_id, slot, state, oldest_step, num_sampled, mixed, observation_digest "
+            "FROM trajectories WHERE group_id = ?",
+            (group.group_id,),
+        ):
+            trajectory_id, slot, state, oldest_step, num_sampled, mixed, digest = row
+            if state in (TrajectoryState.PENDING, TrajectoryState.TRAINED):
+                group.slots[slot].filled = Filled(
+                    trajectory_id=trajectory_id,
+                    oldest_step=oldest_step,
+                    num_sampled=num_sampled,
+                    mixed=bool(mixed),
+                    observation_digest=digest,
+                )
+            else:
+                group.extra_ids.add(trajectory_id)
+
+    def _rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
+        try:
+            return self._reader.execute(sql, parameters).fetchall()
+        except apsw.Error as error:
+            raise LedgerError(f"{self.path}: cannot be read: {error}") from error
+
+    def _row(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
+        return self._rows(sql, parameters)[0]
+
+    # -- writing ------------------------------------------------------------------------
+
+    def _write_forever(self) -> None:
+        while True:
+            batch, closing = self._next_batch()
+            error = self._commit(batch)
+            for write in batch:
+                write.done(error)
+            if closing:
+                return
+
+    def _next_batch(self) -> tuple[list[_Write], bool]:
+        """Blocks for one write, then takes all that wait; True once the ledger is closing."""
+        batch: list[_Write] = []
+        write = self._queue.get()
+        while write is not None:
+            batch.append(write)
+            try:
+                write = self._queue.get_nowait()
+            except queue.Empty:
+                return batch, False
+        return batch, True
+
+    def _commit(self, batch: list[_Write]) -> LedgerError | None:
+        if self._failed is not None:
+            return self._failed
+        try:
+            with self._db:
+                for write in batch:
+                    for record in write.records:
+                        _WRITERS[type(record)](self._db, record)
+        except (apsw.Error, OSError) as error:
+            self._failed = LedgerError(f"{self.path}: a commit failed, nothing more is acknowledged: {error}")
+            _log.critical("%s", self._failed)
+            self._on_fatal(self._failed)
+            return self._failed
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Write:
+    records: tuple[Record, ...]
+    done: Callable[[LedgerError | None], None]
+
+
+def _settle(future: asyncio.Future[None], error: LedgerError | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
+
+
+def _lock(path: Path) -> Any:
+    """Holds a lock on the run folder for as long as the file is open. Raises ConfigError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = (path.parent / "ledger.lock").open("a")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        raise ConfigError(
+            f"{path.parent}: another learner is running in this folder; stop it first"
+        ) from None
+    return handle
+
+
+def _open_reader(path: Path) -> apsw.Connection:
+    reader = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+    reader.set_busy_timeout(5000)
+    return reader
+
+
+def _open(path: Path) -> apsw.Connection:
+    db = apsw.Connection(str(path))
+    # Rows hold payloads of several KiB: large pages commit 2.5 times as many a second.
+    db.execute("PRAGMA page_size = 65536")
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = FULL")
+    os.chmod(path, 0o600)  # noqa: PTH101
+    if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchall():
+        with db:
+            db.execute(resources.files(__package__).joinpath("ledger.sql").read_text(encoding="utf-8"))
+            db.execute(
+                "INSERT INTO meta VALUES ('format', ?), ('run_id', ?)", (FORMAT, uuid.uuid4().hex[:12])
+            )
+    found = db.execute("SELECT value FROM meta WHERE name = 'format'").fetchall()[0][0]
+    if found != FORMAT:
+        raise ConfigError(f"{path}: ledger format is {found}; this version of penstock reads {FORMAT}")
+    return db
+
+
+# -- one function a record ------------------------------------------------------------------
+
+
+def _session_opened(db: apsw.Connection, r: SessionOpened) -> None:
+    db.execute(
+        "INSERT INTO sessions (session_id, actor_id, number) VALUES (?, ?, ?)",
+        (r.session_id, r.actor_id, r.number),
+    )
+
+
+def _session_closed(db: apsw.Connection, r: SessionClosed) -> None:
+    db.execute("UPDATE sessions SET closed = ? WHERE session_id = ?", (r.reason, r.session_id))
+
+
+def _group_opened(db: apsw.Connection, r: GroupOpened) -> None:
+    task = r.task
+    db.execute(
+        "INSERT INTO groups (group_id, environment, split, task_index, seed, born_epoch, born_step, num_slots) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (r.group_id, task.environment, task.split, task.index, str(task.seed), *r.born, r.num_slots),
+    )
+
+
+def _lease_granted(db: apsw.Connection, r: LeaseGranted) -> None:
+    db.execute(
+        "INSERT INTO leases (lease_id, group_id, slot, attempt, session_id) VALUES (?, ?, ?, ?, ?)",
+        (r.lease_id, r.group_id, r.slot, r.attempt, r.session_id),
+    )
+
+
+def _lease_ended(db: apsw.Connection, r: LeaseEnded) -> None:
+    db.execute(
+        "UPDATE leases SET outcome = ?, message = ? WHERE lease_id = ?", (r.outcome, r.message, r.lease_id)
+    )
+
+
+def _trajectory_stored(db: apsw.Connection, r: TrajectoryStored) -> None:
+    db.execute(
+        "INSERT INTO trajectories (trajectory_id, lease_id, group_id, slot, session_id, sequence, state, "
+        "environment, oldest_step, num_sampled, mixed, reward, observation_digest) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            r.trajectory_id,
+            r.lease_id,
+            r.group_id,
+            r.slot,
+            r.session_id,
+            r.sequence,
+            r.state,
+            r.environment,
+            r.oldest_step,
+            r.num_sampled,
+            r.mixed,
+            r.reward,
+            r.observation_digest,
+        ),
+    )
+    if r.payload is not None:
+        db.execute("INSERT INTO payloads VALUES (?, ?)", (r.trajectory_id, r.payload))
+    _add(db, "accepted", 1)
+
+
+def _items_refused(db: apsw.Connection, r: ItemsRefused) -> None:
+    if r.duplicates:
+        _add(db, "duplicate", r.duplicates)
+    for code, count in Counter(r.rejected).items():
+        _add(db, f"rejected:{code}", count)
+
+
+def _sequence_advanced(db: apsw.Connection, r: SequenceAdvanced) -> None:
+    db.execute("UPDATE sessions SET acknowledged = ? WHERE session_id = ?", (r.sequence, r.session_id))
+
+
+def _group_dropped(db: apsw.Connection, r: GroupDropped) -> None:
+    db.execute("UPDATE groups SET state = 'dropped', reason = ? WHERE group_id = ?", (r.reason, r.group_id))
+    pending = "group_id = ? AND state = 'pending'"
+    db.execute(
+        f"DELETE FROM payloads WHERE trajectory_id IN (SELECT trajectory_id FROM trajectories WHERE {pending})",  # noqa: S608
+        (r.group_id,),
+    )
+    db.execute(f"UPDATE trajectories SET state = ? WHERE {pending}", (r.state, r.group_id))  # noqa: S608
+
+
+def _version_published(db: apsw.Connection, r: VersionPublished) -> None:
+    db.execute(
+        "INSERT INTO versions (epoch, step, digest, manifest, metrics) VALUES (?, ?, ?, ?, ?)",
+        (*r.version, r.digest, r.manifest, r.metrics),
+    )
+
+
+def _batch_trained(db: apsw.Connection, r: BatchTrained) -> None:
+    for group_id in r.group_ids:
+        db.execute("UPDATE groups SET state = 'trained', step = ? WHERE group_id = ?", (r.step, group_id))
+        db.execute(
+            "UPDATE trajectories SET state = 'trained', step = ?1, lag = max(0, ?1 - oldest_step) "
+            "WHERE group_id = ?2 AND state = 'pending'",
+            (r.step, group_id),
+        )
+
+
+def _lineage_opened(db: apsw.Connection, r: LineageOpened) -> None:
+    db.execute("INSERT OR REPLACE INTO meta VALUES ('epoch', ?)", (str(r.epoch),))
+    db.execute("DELETE FROM meta WHERE name = 'finished'")
+    db.execute(
+        "UPDATE trajectories SET state = 'pending', step = NULL, lag = NULL WHERE state = 'trained' AND step >= ?",
+        (r.step,),
+    )
+    db.execute(
+        "UPDATE groups SET state = 'open', step = NULL WHERE state = 'trained' AND step >= ?", (r.step,)
+    )
+    db.execute("DELETE FROM checkpoints WHERE step > ?", (r.step,))
+
+
+def _checkpoint_written(db: apsw.Connection, r: CheckpointWritten) -> None:
+    db.execute(
+        "INSERT OR REPLACE INTO checkpoints (epoch, step, path, digest) VALUES (?, ?, ?, ?)",
+        (*r.version, r.path, r.digest),
+    )
+    kept = db.execute("SELECT step FROM checkpoints ORDER BY step DESC LIMIT ?", (r.keep,)).fetchall()
+    covered = kept[-1][0] if len(kept) == r.keep else 0
+    db.execute("DELETE FROM checkpoints WHERE step < ?", (covered,))
+    db.execute(
+        "DELETE FROM payloads WHERE trajectory_id IN "
+        "(SELECT trajectory_id FROM trajectories WHERE state = 'trained' AND step < ?)",
+        (covered,),
+    )
+
+
+def _run_finished(db: apsw.Connection, r: RunFinished) -> None:
+    db.execute("INSERT OR REPLACE INTO meta VALUES ('finished', ?)", (str(r.step),))
+
+
+def _event_logged(db: apsw.Connection, r: EventLogged) -> None:
+    db.execute("INSERT INTO events (time, kind, message) VALUES (?, ?, ?)", (r.time, r.kind, r.message))
+
+
+def _add(db: apsw.Connection, name: str, value: int) -> None:
+    db.execute(
+        "INSERT INTO tallies VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
+        (name, value),
+    )
+
+
+_WRITERS: dict[type, Callable[[apsw.Connection, Any], None]] = {
+    SessionOpened: _session_opened,
+    SessionClosed: _session_closed,
+    GroupOpened: _group_opened,
+    LeaseGranted: _lease_granted,
+    LeaseEnded: _lease_ended,
+    TrajectoryStored: _trajectory_stored,
+    ItemsRefused: _items_refused,
+    SequenceAdvanced: _sequence_advanced,
+    GroupDropped: _group_dropped,
+    VersionPublished: _version_published,
+    BatchTrained: _batch_trained,
+    LineageOpened: _lineage_opened,
+    CheckpointWritten: _checkpoint_written,
+    RunFinished: _run_finished,
+    EventLogged: _event_logged,
+}

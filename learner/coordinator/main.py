@@ -1,0 +1,207 @@
+"""The coordinator's process: gRPC for actors, trainer and operators. Imports no torch.
+
+    python -m learner.coordinator RUN_DIR/config.toml
+
+Prints `coordinator ready on HOST:PORT` once it accepts connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Sequence
+
+import uvloop
+from environments.client import EnvironmentClient
+
+from learner.config import RunConfig
+from learner.coordinator.actor_service import ActorService, Welcome
+from learner.coordinator.core import Coordinator
+from learner.coordinator.ledger import Ledger
+from learner.coordinator.metrics import serve_metrics
+from learner.coordinator.operator_service import OperatorService
+from learner.coordinator.publications import Publications
+from learner.coordinator.scheduler import Scheduler
+from learner.coordinator.tasks import TRAIN, TaskOrder, TaskSource
+from learner.coordinator.trainer_service import TrainerService
+from learner.coordinator.validation import Limits
+from learner.coordinator.weights_service import WeightsService
+from penstock import config, log, rpc
+from penstock.errors import ConfigError, EnvironmentFault, LedgerError, PenstockError
+from penstock.policy_files import PolicyFolder, read_policy_folder
+from penstock.signals import Stop
+from penstock.v1 import (
+    coordinator_pb2,
+    coordinator_pb2_grpc,
+    operator_pb2_grpc,
+    trainer_pb2_grpc,
+    weights_pb2_grpc,
+)
+from penstock.weights.media.zeromq import ZeromqServer
+
+_log = logging.getLogger(__name__)
+
+ENVIRONMENT_PATIENCE_SECONDS = 60.0
+SERVICES = tuple(
+    f"penstock.v1.{name}"
+    for name in ("CoordinatorService", "OperatorService", "TrainerService", "WeightsService")
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Environments:
+    endpoints: tuple[coordinator_pb2.EnvironmentEndpoint, ...]
+    sources: tuple[TaskSource, ...]
+
+
+def main(argv: Sequence[str]) -> int:
+    log.configure()
+    settings = config.load(
+        RunConfig, argv, prog="python -m learner.coordinator", description="Coordinate a run."
+    )
+    uvloop.run(_serve(settings))
+    return 0
+
+
+async def _serve(settings: RunConfig) -> None:
+    stop = Stop()
+    stop.on_signals()
+    policy = read_policy_folder(settings.policy)
+    environments = await _describe(settings.environments, stop)
+    failures: list[LedgerError] = []
+    loop = asyncio.get_running_loop()
+
+    def on_fatal(error: LedgerError) -> None:
+        failures.append(error)
+        loop.call_soon_threadsafe(stop.set, str(error))
+
+    ledger = Ledger(settings.run_dir / "ledger.sqlite", on_fatal=on_fatal)
+    try:
+        await _run(settings, policy, environments, ledger, stop)
+    finally:
+        await asyncio.to_thread(ledger.close)
+    if failures:
+        raise failures[0]
+
+
+async def _run(
+    settings: RunConfig, policy: PolicyFolder, environments: _Environments, ledger: Ledger, stop: Stop
+) -> None:
+    host, _ = rpc.split_address(settings.bind)
+    scheduler, run_id = _restore(settings, policy, environments, ledger)
+    coordinator = Coordinator(scheduler, ledger, stop, run_id=run_id)
+    weights_server = ZeromqServer(f"tcp://{host}:0")
+    publications = Publications(weights_server)
+    server = rpc.server()
+    welcome = Welcome(run_id, environments.endpoints, policy.listing(), settings.fleet)
+    addresses = {endpoint.name: endpoint.address for endpoint in environments.endpoints}
+    keep = settings.training.checkpoint.keep
+    coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(
+        ActorService(coordinator, publications, welcome), server
+    )
+    trainer_pb2_grpc.add_TrainerServiceServicer_to_server(
+        TrainerService(coordinator, publications, keep_checkpoints=keep), server
+    )
+    operator_pb2_grpc.add_OperatorServiceServicer_to_server(
+        OperatorService(coordinator, settings.schedule, addresses), server
+    )
+    weights_pb2_grpc.add_WeightsServiceServicer_to_server(
+        WeightsService(coordinator, publications, policy), server
+    )
+    rpc.add_standard_services(server, SERVICES)
+    try:
+        port = rpc.bind(server, settings.bind, insecure=settings.insecure)
+        await server.start()
+        if settings.metrics_bind:
+            serve_metrics(settings.metrics_bind, coordinator, insecure=settings.insecure)
+        print(f"coordinator ready on {host}:{port}", flush=True)  # noqa: T201
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(coordinator.tick_forever(), name="tick")
+            tasks.create_task(_stop_with_parent(stop), name="watch-parent")
+        await server.stop(grace=2.0)
+    finally:
+        await asyncio.to_thread(weights_server.close)
+
+
+def _restore(
+    settings: RunConfig, policy: PolicyFolder, environments: _Environments, ledger: Ledger
+) -> tuple[Scheduler, str]:
+    found = ledger.recover()
+    scheduler = Scheduler(
+        schedule=settings.schedule,
+        fleet=settings.fleet,
+        sampling=settings.sampling,
+        tasks=TaskOrder(environments.sources, seed=settings.seed),
+        limits=Limits(
+            vocab_size=policy.vocab_size,
+            max_sampled_tokens=settings.sampling.max_tokens,
+            max_context=policy.max_context,
+        ),
+        history=ledger,
+    )
+    scheduler.restore(
+        epoch=found.epoch,
+        num_sessions=found.num_sessions,
+        next_group_id=found.next_group_id,
+        open_groups=found.open_groups,
+        live_leases=found.live_leases,
+        versions=found.versions,
+        now=time.monotonic(),
+    )
+    if found.next_group_id:
+        _log.info(
+            "run %s goes on: %d groups open, epoch %d", found.run_id, len(found.open_groups), found.epoch
+        )
+    return scheduler, found.run_id
+
+
+async def _describe(addresses: Sequence[str], stop: Stop) -> _Environments:
+    """Asks every environment what it is. Raises ConfigError if one does not answer in time."""
+    endpoints, sources = [], []
+    for address in addresses:
+        async with EnvironmentClient(address) as client:
+            description = await _patiently(client, address, stop)
+        if description.name in {endpoint.name for endpoint in endpoints}:
+            raise ConfigError(
+                f"environment {description.name!r} is served at two addresses; expected distinct names"
+            )
+        if TRAIN not in description.splits:
+            raise ConfigError(f"environment {description.name!r} at {address} has no split {TRAIN!r}")
+        endpoints.append(
+            coordinator_pb2.EnvironmentEndpoint(
+                name=description.name,
+                address=address,
+                version=description.version,
+                digest=description.digest,
+            )
+        )
+        sources.append(TaskSource(environment=description.name, num_tasks=description.splits[TRAIN]))
+    return _Environments(tuple(endpoints), tuple(sources))
+
+
+async def _patiently(client: EnvironmentClient, address: str, stop: Stop):  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + ENVIRONMENT_PATIENCE_SECONDS
+    while True:
+        try:
+            return await client.describe()
+        except EnvironmentFault as fault:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise ConfigError(
+                    f"environment {address}: {fault}; start it with `penstock env serve`, or correct "
+                    "`environments` in the run's configuration"
+                ) from fault
+            _log.info("waiting for environment %s, %.0f s more: %s", address, left, fault)
+        if await stop.sleep(1.0):
+            raise PenstockError(f"stopped while waiting for environment {address}")
+
+
+async def _stop_with_parent(stop: Stop) -> None:
+    """Stops when the process that started this one is gone."""
+    parent = os.getppid()
+    while not await stop.sleep(1.0):
+        if os.getppid() != parent:
+            stop.set("the learner's supervisor is gone")

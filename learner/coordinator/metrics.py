@@ -1,0 +1,68 @@
+"""Prometheus metrics over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import prometheus_client
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from learner.coordinator.core import Coordinator
+from penstock.errors import ConfigError
+from penstock.rpc import is_loopback, split_address
+
+
+class _RunCollector(Collector):
+    """Reads what the coordinator's tick left, about a second old. Runs in the HTTP thread."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+
+    def collect(self) -> Iterator[Metric]:
+        coordinator = self._coordinator
+        totals, version = coordinator.totals, coordinator.scheduler.version
+        yield _gauge("penstock_ledger_imbalance", "Accepted minus accounted for; 0, or something was lost.",
+                     totals.imbalance)  # fmt: skip
+        yield _gauge("penstock_version_step", "Newest published version.", version.step if version else 0)
+        yield _gauge("penstock_actors", "Connected actors.", len(coordinator.scheduler.fleet))
+        yield _gauge("penstock_tokens_per_second", "Sampled by all actors.", coordinator.tokens_per_second())
+        yield _gauge(
+            "penstock_groups_open", "Groups leased and not trained.", len(coordinator.scheduler.groups)
+        )
+        yield _gauge(
+            "penstock_lag_max_trained", "Highest lag trained on, in versions.", totals.max_lag_trained
+        )
+        states = GaugeMetricFamily(
+            "penstock_trajectories", "Accepted trajectories by state.", labels=["state"]
+        )
+        for state, count in totals.by_state.items():
+            states.add_metric([state], count)
+        yield states
+        rejected = GaugeMetricFamily("penstock_rejected", "Refused items by code.", labels=["code"])
+        for code, count in totals.rejected.items():
+            rejected.add_metric([code], count)
+        yield rejected
+        step = GaugeMetricFamily("penstock_step", "What the newest step measured.", labels=["measure"])
+        for name, value in coordinator.step_metrics.items():
+            step.add_metric([name], value)
+        yield step
+
+
+def serve_metrics(address: str, coordinator: Coordinator, *, insecure: bool) -> None:
+    """Serves /metrics on HOST:PORT. Raises ConfigError."""
+    host, port = split_address(address)
+    if not is_loopback(address) and not insecure:
+        raise ConfigError(
+            f"metrics_bind {address} is not a loopback address; bind 127.0.0.1, or set insecure"
+        )
+    registry = CollectorRegistry()
+    registry.register(_RunCollector(coordinator))
+    try:
+        prometheus_client.start_http_server(port, addr=host, registry=registry)
+    except OSError as error:
+        raise ConfigError(f"cannot serve metrics on {address}: {error}") from error
+
+
+def _gauge(name: str, documentation: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, documentation, value=value)

@@ -1,0 +1,50 @@
+"""Versions that actors may fetch: announced here, served from the trainer's segments."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+from penstock.codec import manifest_to_wire
+from penstock.trajectory import PolicyVersion
+from penstock.v1 import weights_pb2
+from penstock.weights.manifest import Manifest, ZeromqMedium
+from penstock.weights.media.zeromq import ZeromqServer
+
+_log = logging.getLogger(__name__)
+
+_NUM_VERSIONS = 4
+
+
+class Publications:
+    """The newest manifests, and the ZeroMQ server that serves their chunks."""
+
+    def __init__(self, server: ZeromqServer) -> None:
+        self._server = server
+        self._manifests: dict[PolicyVersion, weights_pb2.WeightManifest] = {}
+
+    @property
+    def newest(self) -> weights_pb2.WeightManifest | None:
+        return next(reversed(self._manifests.values()), None)
+
+    def publish(self, manifest: Manifest) -> None:
+        """Serves a version and announces it. Its journal record must be on disk.
+
+        Raises WeightTransferError if the trainer's segment cannot be opened here.
+        """
+        self._server.add(manifest)
+        media = (*manifest.media, ZeromqMedium(endpoint=self._server.endpoint))
+        offered = manifest_to_wire(dataclasses.replace(manifest, media=media))
+        self._manifests[manifest.version] = offered
+        for old in list(self._manifests)[:-_NUM_VERSIONS]:
+            del self._manifests[old]
+
+    def get(self, version: PolicyVersion | None) -> weights_pb2.WeightManifest | None:
+        """A version that is still held; the newest for None."""
+        return self.newest if version is None else self._manifests.get(version)
+
+    def withdraw(self) -> None:
+        """Announces nothing until the next publication: a new trainer starts from elsewhere."""
+        for version in self._manifests:
+            self._server.remove(version)
+        self._manifests.clear()

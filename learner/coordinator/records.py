@@ -1,0 +1,170 @@
+"""What the ledger keeps: one small value for each thing that happened.
+
+The scheduler decides and returns records; the ledger writes them in order, many to a
+commit. Nothing is answered to a peer before its records are on disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from learner.coordinator.groups import LeaseOutcome
+from penstock.trajectory import PolicyVersion, Task
+
+
+class TrajectoryState(StrEnum):
+    """Where an accepted trajectory stands. Exactly one, always."""
+
+    PENDING = "pending"
+    TRAINED = "trained"
+    STALE = "stale"
+    SURPLUS = "surplus"
+    GROUP_DROPPED = "group_dropped"
+    QUARANTINED = "quarantined"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionOpened:
+    session_id: str
+    actor_id: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionClosed:
+    session_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupOpened:
+    group_id: int
+    task: Task
+    born: PolicyVersion
+    num_slots: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseGranted:
+    lease_id: str
+    group_id: int
+    slot: int
+    attempt: int
+    session_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseEnded:
+    lease_id: str
+    outcome: LeaseOutcome
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrajectoryStored:
+    trajectory_id: str
+    lease_id: str
+    group_id: int
+    slot: int
+    session_id: str
+    sequence: int
+    state: TrajectoryState
+    environment: str
+    oldest_step: int
+    num_sampled: int
+    mixed: bool
+    reward: float
+    observation_digest: str
+    payload: bytes | None
+    """The trajectory as it was sent; None where it will never be trained on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ItemsRefused:
+    """Items of a session that left no trajectory."""
+
+    duplicates: int = 0
+    rejected: tuple[str, ...] = ()
+    """A rejection code for each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceAdvanced:
+    session_id: str
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupDropped:
+    """The group's pending trajectories end in `state`."""
+
+    group_id: int
+    state: TrajectoryState
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionPublished:
+    version: PolicyVersion
+    digest: str
+    manifest: bytes
+    metrics: str
+    """JSON object."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchTrained:
+    """The groups of one step: their pending trajectories are trained."""
+
+    step: int
+    group_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LineageOpened:
+    """A trainer starts from checkpoint `step`: what was trained from there on is pending again."""
+
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointWritten:
+    version: PolicyVersion
+    path: str
+    digest: str
+    keep: int
+    """Checkpoints that are kept, this one included. What they all cover needs no payload."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFinished:
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventLogged:
+    kind: str
+    message: str
+    time: float
+    """Seconds since 1970."""
+
+
+Record = (
+    SessionOpened
+    | SessionClosed
+    | GroupOpened
+    | LeaseGranted
+    | LeaseEnded
+    | TrajectoryStored
+    | ItemsRefused
+    | SequenceAdvanced
+    | GroupDropped
+    | VersionPublished
+    | BatchTrained
+    | LineageOpened
+    | CheckpointWritten
+    | RunFinished
+    | EventLogged
+)

@@ -1,0 +1,40 @@
+"""How penstock's errors travel over gRPC."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from penstock.errors import (
+    ConfigError,
+    LedgerError,
+    PeerLost,
+    ProtocolError,
+    SessionFenced,
+    WeightTransferError,
+)
+
+_log = logging.getLogger(__name__)
+
+_STATUS = {
+    SessionFenced: grpc.StatusCode.ABORTED,
+    PeerLost: grpc.StatusCode.FAILED_PRECONDITION,
+    ProtocolError: grpc.StatusCode.INVALID_ARGUMENT,
+    ConfigError: grpc.StatusCode.INVALID_ARGUMENT,
+    LedgerError: grpc.StatusCode.INTERNAL,
+    WeightTransferError: grpc.StatusCode.INTERNAL,
+}
+
+
+@contextlib.asynccontextmanager
+async def refusals(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
+    """Answers one of our errors with its status and its message."""
+    try:
+        yield
+    except tuple(_STATUS) as error:
+        _log.info("refused %s: %s", context.peer(), error)
+        await context.abort(_STATUS[type(error)], str(error))

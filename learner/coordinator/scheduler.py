@@ -1,0 +1,678 @@
+"""The run's state, and every decision about it. Pure: no sockets, no disk, no clock.
+
+Methods take the clock's reading and change the state at once; what happened waits in
+`take_records` for the ledger, and what actors must be told in `take_revocations`. The
+service writes the records before it answers anybody.
+
+Data flow of one trajectory:
+
+    acquire -> lease -> submit -> slot filled -> group ready -> next_batch -> published
+      ^                                                                          |
+      +-------------- admission: the new version makes room for new groups ------+
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from learner.config import FleetConfig, ScheduleConfig
+from learner.coordinator import validation
+from learner.coordinator.admission import Admission
+from learner.coordinator.batches import WaitFor, choose
+from learner.coordinator.fleet import ActorInfo, Fleet, ReportedStats, Session
+from learner.coordinator.groups import Filled, Group, LeaseOutcome, Slot
+from learner.coordinator.leases import LeaseTable, LiveLease
+from learner.coordinator.records import (
+    BatchTrained,
+    CheckpointWritten,
+    EventLogged,
+    GroupDropped,
+    GroupOpened,
+    ItemsRefused,
+    LeaseEnded,
+    LeaseGranted,
+    LineageOpened,
+    Record,
+    RunFinished,
+    SequenceAdvanced,
+    SessionClosed,
+    SessionOpened,
+    TrajectoryState,
+    TrajectoryStored,
+    VersionPublished,
+)
+from learner.coordinator.tasks import TaskOrder, derive_seed
+from learner.coordinator.validation import Limits, Rejected, RejectionCode
+from penstock.errors import FaultKind, ProtocolError, SessionFenced
+from penstock.trajectory import Lease, PolicyVersion, Sampling, Trajectory
+from penstock.v1 import trajectory_pb2
+
+DEATHS_BEFORE_QUARANTINE = 3
+_RECENT_GROUPS = 1024
+_TICK_GAP_SECONDS = 2.0
+
+
+class History(Protocol):
+    """What the scheduler asks of the ledger, about groups that it holds no more."""
+
+    def has_trajectory(self, trajectory_id: str) -> bool: ...
+
+    def find_lease(self, lease_id: str) -> tuple[int, int] | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A trajectory's state, "duplicate", or a rejection with its code."""
+
+    state: TrajectoryState | None
+    code: RejectionCode | None = None
+    message: str = ""
+
+    @property
+    def is_duplicate(self) -> bool:
+        return self.state is None and self.code is None
+
+
+@dataclass(frozen=True, slots=True)
+class Revocation:
+    session_id: str
+    lease_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    step: int
+    groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Why there is no batch, and the groups that would bring one nearer."""
+
+    reason: str
+    groups: tuple[Group, ...] = ()
+
+
+@dataclass(slots=True)
+class EnvironmentFaults:
+    counts: Counter[FaultKind] = field(default_factory=Counter)
+    last: str = ""
+
+
+class Scheduler:
+    """Leases, groups, sessions and versions of one run."""
+
+    def __init__(
+        self,
+        *,
+        schedule: ScheduleConfig,
+        fleet: FleetConfig,
+        sampling: Sampling,
+        tasks: TaskOrder,
+        limits: Limits,
+        history: History,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.schedule = schedule
+        self.fleet = Fleet(fleet)
+        self.leases = LeaseTable(progress_timeout=fleet.progress_timeout_seconds)
+        self.groups: dict[int, Group] = {}
+        self.versions: dict[PolicyVersion, str] = {}
+        self.version: PolicyVersion | None = None
+        self.epoch = 0
+        self.paused = False
+        self.finished = False
+        self.assigned: Batch | None = None
+        self.faults: dict[str, EnvironmentFaults] = {}
+        self._config = fleet
+        self._sampling = sampling
+        self._tasks = tasks
+        self._limits = limits
+        self._history = history
+        self._wall_clock = wall_clock
+        self._admission = Admission(schedule)
+        self._next_group_id = 0
+        self._num_sessions = 0
+        self._recent: dict[int, Group] = {}
+        self._maybe_free: set[int] = set()
+        self._records: list[Record] = []
+        self._revocations: list[Revocation] = []
+        self._ticked_at: float | None = None
+
+    # -- starting -----------------------------------------------------------------------
+
+    def restore(
+        self,
+        *,
+        epoch: int,
+        num_sessions: int,
+        next_group_id: int,
+        open_groups: Sequence[Group],
+        live_leases: Sequence[tuple[str, int, int]],
+        versions: dict[PolicyVersion, str],
+        now: float,
+    ) -> None:
+        """Goes on from a ledger. Leases wait for their actors to join again and name them."""
+        self.epoch, self._num_sessions, self._next_group_id = epoch, num_sessions, next_group_id
+        self.versions = dict(versions)
+        self._hold(open_groups)
+        for lease_id, group_id, slot in live_leases:
+            held = self.groups[group_id].slots[slot]
+            if held.filled is not None:
+                continue
+            held.lease_id = lease_id
+            lease = self.leases.grant(lease_id=lease_id, group_id=group_id, slot=slot, session_id="", now=now)
+            lease.deadline = now + self._config.dead_seconds
+
+    def open_lineage(self, step: int, reopened: Sequence[Group]) -> int:
+        """A trainer starts from checkpoint `step`. Returns the epoch of its versions.
+
+        reopened: the groups that steps >= `step` had trained.
+        """
+        self.epoch += 1
+        self.version, self.assigned, self.finished = None, None, False
+        self._hold(reopened)
+        self._record(LineageOpened(epoch=self.epoch, step=step))
+        self._event(
+            "lineage", f"epoch {self.epoch} starts from step {step}; {len(reopened)} groups to train again"
+        )
+        return self.epoch
+
+    # -- the trainer ----------------------------------------------------------------------
+
+    def published(self, version: PolicyVersion, digest: str, manifest: bytes, metrics: str) -> bool:
+        """A version exists, made from the batch assigned to the step before it, if there was one.
+
+        False if it was published already. Raises ProtocolError, SessionFenced.
+        """
+        self.require_epoch(version.epoch)
+        if version in self.versions:
+            if self.versions[version] != digest:
+                raise ProtocolError(
+                    f"version {version} has digest {self.versions[version]}; a second publication says {digest}"
+                )
+            return False
+        if self.version is not None:
+            self._train_assigned(version)
+        self.version = version
+        self.versions[version] = digest
+        self._record(VersionPublished(version=version, digest=digest, manifest=manifest, metrics=metrics))
+        self._drop_overdue()
+        return True
+
+    def next_batch(self, epoch: int, step: int) -> Batch | Waiting:
+        """The batch of a step: the same for every rank that asks. Raises ProtocolError, SessionFenced."""
+        self.require_epoch(epoch)
+        if self.version is None or step != self.version.step:
+            raise ProtocolError(f"asked for the batch of step {step}; the newest version is {self.version}")
+        if self.assigned is not None:
+            return self.assigned
+        choice = choose(self.groups.values(), version=step, groups_per_step=self.schedule.groups_per_step)
+        if isinstance(choice, WaitFor):
+            return Waiting(choice.reason, choice.groups)
+        self.assigned = Batch(step, choice.groups)
+        return self.assigned
+
+    def skip(self, epoch: int, step: int, reason: str) -> None:
+        """The assigned batch gave a non-finite loss or gradient: its trajectories are set aside."""
+        self.require_epoch(epoch)
+        if self.assigned is None or self.assigned.step != step:
+            return
+        groups, self.assigned = self.assigned.groups, None
+        ids = [member.trajectory_id for group in groups for member in group.members]
+        self._event("non_finite", f"step {step} was skipped: {reason}; quarantined {', '.join(ids)}")
+        for group in groups:
+            self._drop(group, TrajectoryState.QUARANTINED, reason)
+
+    def checkpointed(self, version: PolicyVersion, path: str, digest: str, keep: int) -> None:
+        self.require_epoch(version.epoch)
+        self._record(CheckpointWritten(version=version, path=path, digest=digest, keep=keep))
+        self._event("checkpoint", f"version {version} at {path}")
+
+    def finish(self, epoch: int, step: int) -> None:
+        """The last step is trained: what is still leased will not be."""
+        self.require_epoch(epoch)
+        if self.finished:
+            return
+        self.finished = True
+        self._record(RunFinished(step=step))
+        self._event("finished", f"after step {step}")
+        for group in list(self.groups.values()):
+            self._drop(group, TrajectoryState.SURPLUS, "the run is finished")
+
+    def require_epoch(self, epoch: int) -> None:
+        """Raises SessionFenced."""
+        if epoch != self.epoch:
+            raise SessionFenced(f"a trainer of epoch {epoch} was replaced by epoch {self.epoch}")
+
+    # -- sessions -----------------------------------------------------------------------
+
+    def join(self, session_id: str, info: ActorInfo, held: Sequence[str], now: float) -> Session:
+        """Opens a session; an older one of the same actor is fenced."""
+        older = self.fleet.of_actor(info.actor_id)
+        self._num_sessions += 1
+        session = self.fleet.join(session_id, self._num_sessions, info, now)
+        self._record(SessionOpened(session_id=session_id, actor_id=info.actor_id, number=session.number))
+        self._event("joined", f"{info.actor_id} ({info.engine}, {info.num_slots} slots)")
+        for lease_id in held:
+            self.leases.adopt(lease_id, session_id, now)
+        if older is not None:
+            self._end_session(older, LeaseOutcome.DEAD, "replaced")
+            self.fleet.fence(older.session_id, session_id)
+        return session
+
+    def heartbeat(
+        self,
+        session_id: str,
+        *,
+        installed: PolicyVersion | None,
+        stats: ReportedStats,
+        progress: Sequence[tuple[str, int, int]],
+        now: float,
+    ) -> None:
+        """Keeps a session alive; progress is (lease_id, tokens, turns), totals of each rollout."""
+        session = self.fleet.require(session_id, now)
+        session.installed, session.stats = installed, stats
+        for lease_id, num_tokens, num_turns in progress:
+            self.leases.progress(lease_id, session_id, num_tokens=num_tokens, num_turns=num_turns, now=now)
+
+    def leave(self, session_id: str, reason: str, now: float) -> None:
+        session = self.fleet.require(session_id, now)
+        self._end_session(session, LeaseOutcome.DRAINED, reason or "left")
+        self._event("left", f"{session.info.actor_id}: {reason or 'no reason given'}")
+
+    def tick(self, now: float) -> None:
+        """Ends what is past its deadline. Call about once a second.
+
+        If the learner itself stood still, everybody's deadlines move by that gap.
+        """
+        if self._ticked_at is not None and now - self._ticked_at > _TICK_GAP_SECONDS:
+            gap = now - self._ticked_at
+            self.leases.shift(gap)
+            self.fleet.shift(gap)
+            self._event("stall", f"the coordinator stood still for {gap:.1f} s; deadlines moved by as much")
+        self._ticked_at = now
+        for session in self.fleet.silent(now):
+            self._event("dead", f"{session.info.actor_id}: no heartbeat for {now - session.heard_at:.0f} s")
+            self._end_session(session, LeaseOutcome.DEAD, "no heartbeat")
+        for lease in self.leases.expired(now):
+            self._event("expired", f"lease {lease.lease_id}: no progress for {now - lease.progress_at:.0f} s")
+            self._end_lease(lease, LeaseOutcome.EXPIRED, revoke="no progress")
+
+    def set_paused(self, paused: bool) -> None:
+        """While paused no lease is granted; what is leased goes on."""
+        self.paused = paused
+        self._event("paused" if paused else "resumed", "by an operator")
+
+    # -- leases -----------------------------------------------------------------------
+
+    def acquire(
+        self, session_id: str, installed: PolicyVersion, digest: str, max_leases: int, now: float
+    ) -> tuple[list[Lease], str]:
+        """Grants up to `max_leases`; if none, says why. Raises SessionFenced, PeerLost."""
+        session = self.fleet.require(session_id, now)
+        refusal = self._refusal(session, installed, digest)
+        leases: list[Lease] = []
+        while refusal is None and len(leases) < max_leases:
+            found = self._free_slot(installed) or self._open_group(installed)
+            if isinstance(found, str):
+                refusal = found
+            else:
+                leases.append(self._grant(*found, session_id, now))
+        return leases, "" if leases else refusal or ""
+
+    def _refusal(self, session: Session, installed: PolicyVersion, digest: str) -> str | None:
+        if self.finished:
+            return "the run is finished"
+        if self.version is None:
+            return "no version is published yet"
+        if self.paused:
+            return "the run is paused by an operator"
+        if session.draining:
+            return "the actor is draining"
+        if installed.epoch != self.epoch:
+            return f"installed is {installed}; versions of epoch {self.epoch} are wanted"
+        if self.versions.get(installed) != digest:
+            return f"installed is {installed} with digest {digest[:12]!r}, which was never published"
+        session.installed = installed
+        return None
+
+    def _free_slot(self, installed: PolicyVersion) -> tuple[Group, int] | None:
+        """The first free slot of the oldest group that the actor's version may still join."""
+        for group_id in sorted(self._maybe_free):
+            group = self.groups.get(group_id)
+            number = None if group is None else group.free_slot()
+            if group is None or number is None:
+                self._maybe_free.discard(group_id)
+            elif group.born.step <= installed.step and not self._is_assigned(group):
+                return group, number
+        return None
+
+    def _open_group(self, installed: PolicyVersion) -> tuple[Group, int] | str:
+        assert self.version is not None
+        refusal = self._admission.refusal(
+            version=self.version.step, born=installed.step, num_open=len(self.groups)
+        )
+        if refusal is not None:
+            return refusal
+        group_id = self._next_group_id
+        self._next_group_id += 1
+        group = Group(
+            group_id=group_id,
+            task=self._tasks.task(group_id),
+            born=installed,
+            due=self._admission.due(installed.step),
+            slots=[Slot() for _ in range(self.schedule.group_size)],
+        )
+        self.groups[group_id] = group
+        self._maybe_free.add(group_id)
+        self._record(
+            GroupOpened(group_id=group_id, task=group.task, born=installed, num_slots=len(group.slots))
+        )
+        return group, 0
+
+    def _grant(self, group: Group, number: int, session_id: str, now: float) -> Lease:
+        slot = group.slots[number]
+        attempt = slot.next_attempt
+        slot.next_attempt += 1
+        lease_id = f"{group.group_id}.{number}.{attempt}"
+        slot.lease_id = lease_id
+        self.leases.grant(
+            lease_id=lease_id, group_id=group.group_id, slot=number, session_id=session_id, now=now
+        )
+        self._record(
+            LeaseGranted(
+                lease_id=lease_id,
+                group_id=group.group_id,
+                slot=number,
+                attempt=attempt,
+                session_id=session_id,
+            )
+        )
+        return Lease(
+            lease_id=lease_id,
+            group_id=group.group_id,
+            slot=number,
+            attempt=attempt,
+            task=group.task,
+            sampling=self._sampling_of(group.group_id, number, attempt),
+            progress_timeout_seconds=self._config.progress_timeout_seconds,
+        )
+
+    def _sampling_of(self, group_id: int, slot: int, attempt: int) -> Sampling:
+        sampling = self._sampling
+        if sampling.seed == 0:
+            return sampling
+        return Sampling(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            seed=derive_seed(sampling.seed, group_id, slot, attempt),
+        )
+
+    # -- submissions ----------------------------------------------------------------------
+
+    def submit(
+        self, session_id: str, sequence: int, message: trajectory_pb2.Trajectory, now: float
+    ) -> Verdict:
+        """Decides on one trajectory. Raises SessionFenced, PeerLost, ProtocolError (a gap)."""
+        session = self.fleet.require(session_id, now)
+        if not self._advance(session, sequence):
+            self._record(ItemsRefused(duplicates=1))
+            return Verdict(None)
+        try:
+            return self._decide(session, sequence, message)
+        except Rejected as rejected:
+            self._record(ItemsRefused(rejected=(rejected.code,)))
+            self._event(
+                "rejected",
+                f"{session.info.actor_id}, lease {message.lease_id[:40]}: {rejected.code}: {rejected}",
+            )
+            return Verdict(None, rejected.code, str(rejected))
+
+    def reject(
+        self, session_id: str, sequence: int, code: RejectionCode, message: str, now: float
+    ) -> Verdict:
+        """An item that holds nothing to decide upon."""
+        session = self.fleet.require(session_id, now)
+        if self._advance(session, sequence):
+            self._record(ItemsRefused(rejected=(code,)))
+        return Verdict(None, code, message)
+
+    def release(
+        self, session_id: str, sequence: int, lease_id: str, outcome: LeaseOutcome, message: str, now: float
+    ) -> None:
+        """An actor gives a lease back without a trajectory."""
+        session = self.fleet.require(session_id, now)
+        if not self._advance(session, sequence):
+            return
+        lease = self.leases.get(lease_id)
+        if lease is not None and lease.session_id == session_id:
+            if outcome in (LeaseOutcome.INFRASTRUCTURE, LeaseOutcome.DATA):
+                self._count_fault(lease, FaultKind(outcome.value), message)
+            self._end_lease(lease, outcome, message=message)
+
+    def _advance(self, session: Session, sequence: int) -> bool:
+        """Notes an item's number; False if it was decided upon before. Raises ProtocolError."""
+        if sequence <= session.last_sequence:
+            return False
+        if sequence != session.last_sequence + 1:
+            raise ProtocolError(
+                f"item {sequence} follows {session.last_sequence}; send again from {session.last_sequence + 1}"
+            )
+        session.last_sequence = sequence
+        self._record(SequenceAdvanced(session_id=session.session_id, sequence=sequence))
+        return True
+
+    def _decide(self, session: Session, sequence: int, message: trajectory_pb2.Trajectory) -> Verdict:
+        trajectory = validation.decode(message)
+        group, slot_number = self._group_of(trajectory)
+        if group is None:
+            if self._history.has_trajectory(trajectory.trajectory_id):
+                self._record(ItemsRefused(duplicates=1))
+                return Verdict(None)
+        elif group.holds(trajectory.trajectory_id):
+            self._record(ItemsRefused(duplicates=1))
+            return Verdict(None)
+        validation.check(trajectory, self._limits, self.versions)
+        if group is not None:
+            validation.check_task(trajectory, group.task, group.observation_digest)
+        state, reason = self._state_for(group, slot_number, trajectory)
+        self._store(session, sequence, message, trajectory, slot_number, state)
+        if group is not None:
+            self._settle(group, slot_number, trajectory, state)
+        return Verdict(state, message=reason)
+
+    def _group_of(self, trajectory: Trajectory) -> tuple[Group | None, int]:
+        """The group that a lease belongs to, if it is held here; its slot. Raises Rejected."""
+        parts = trajectory.lease_id.split(".")
+        if len(parts) == 3 and all(part.isascii() and part.isdigit() and len(part) < 16 for part in parts):
+            group_id, slot, attempt = map(int, parts)
+            group = self.groups.get(group_id) or self._recent.get(group_id)
+            if group is None:
+                if self._history.find_lease(trajectory.lease_id) is not None:
+                    return None, slot
+            elif slot < len(group.slots) and attempt < group.slots[slot].next_attempt:
+                return group, slot
+        raise Rejected(
+            RejectionCode.UNKNOWN_LEASE, f"lease {trajectory.lease_id[:40]!r} was never granted in this run"
+        )
+
+    def _state_for(
+        self, group: Group | None, slot_number: int, trajectory: Trajectory
+    ) -> tuple[TrajectoryState, str]:
+        if group is None or group.group_id not in self.groups or self._is_assigned(group):
+            return TrajectoryState.SURPLUS, "its group is trained or dropped"
+        if group.slots[slot_number].filled is not None:
+            return TrajectoryState.SURPLUS, "its slot was filled by another"
+        if trajectory.oldest.epoch == self.epoch and trajectory.oldest.step < group.born.step:
+            return (
+                TrajectoryState.STALE,
+                f"version {trajectory.oldest} is older than the group's {group.born}",
+            )
+        return TrajectoryState.PENDING, ""
+
+    def _store(
+        self,
+        session: Session,
+        sequence: int,
+        message: trajectory_pb2.Trajectory,
+        trajectory: Trajectory,
+        slot_number: int,
+        state: TrajectoryState,
+    ) -> None:
+        assert trajectory.reward.value is not None
+        self._record(
+            TrajectoryStored(
+                trajectory_id=trajectory.trajectory_id,
+                lease_id=trajectory.lease_id,
+                group_id=int(trajectory.lease_id.split(".")[0]),
+                slot=slot_number,
+                session_id=session.session_id,
+                sequence=sequence,
+                state=state,
+                environment=trajectory.task.environment,
+                oldest_step=trajectory.oldest.step,
+                num_sampled=trajectory.num_sampled,
+                mixed=trajectory.is_mixed,
+                reward=trajectory.reward.value,
+                observation_digest=trajectory.observation_digest,
+                payload=message.SerializeToString() if state is TrajectoryState.PENDING else None,
+            )
+        )
+
+    def _settle(self, group: Group, slot_number: int, trajectory: Trajectory, state: TrajectoryState) -> None:
+        """Fills the slot, or frees it, and ends the leases that this makes needless."""
+        slot = group.slots[slot_number]
+        if state is TrajectoryState.PENDING:
+            slot.given_up = False
+            slot.filled = Filled(
+                trajectory_id=trajectory.trajectory_id,
+                oldest_step=trajectory.oldest.step,
+                num_sampled=trajectory.num_sampled,
+                mixed=trajectory.is_mixed,
+                observation_digest=trajectory.observation_digest,
+            )
+        else:
+            group.extra_ids.add(trajectory.trajectory_id)
+        own = self.leases.get(trajectory.lease_id)
+        if own is not None:
+            self._end_lease(own, LeaseOutcome.FILLED)
+        other = self.leases.get(slot.lease_id) if slot.filled is not None and slot.lease_id else None
+        if other is not None:
+            self._end_lease(other, LeaseOutcome.REVOKED, revoke="another result came first")
+        self._give_up_if_hopeless(group)
+
+    # -- ending things ----------------------------------------------------------------------
+
+    def _end_session(self, session: Session, outcome: LeaseOutcome, reason: str) -> None:
+        for lease in self.leases.of_session(session.session_id):
+            group = self.groups.get(lease.group_id)
+            if group is not None and outcome is LeaseOutcome.DEAD:
+                group.deaths.add(session.session_id)
+            self._end_lease(lease, outcome, message=reason)
+        self.fleet.remove(session.session_id)
+        self._record(SessionClosed(session_id=session.session_id, reason=reason))
+
+    def _end_lease(
+        self, lease: LiveLease, outcome: LeaseOutcome, *, message: str = "", revoke: str = ""
+    ) -> None:
+        self.leases.end(lease.lease_id)
+        self._record(LeaseEnded(lease_id=lease.lease_id, outcome=outcome, message=message[:500]))
+        if revoke:
+            self._revocations.append(Revocation(lease.session_id, lease.lease_id, revoke))
+        group = self.groups.get(lease.group_id)
+        if group is None:
+            return
+        slot = group.slots[lease.slot]
+        if slot.lease_id == lease.lease_id:
+            slot.lease_id = None
+            self._maybe_free.add(group.group_id)
+        slot.faults[outcome] += 1
+        slot.given_up = slot.filled is None and (
+            slot.faults[LeaseOutcome.INFRASTRUCTURE] >= self._config.infrastructure_budget
+            or slot.faults[LeaseOutcome.DATA] >= self._config.data_budget
+        )
+        self._give_up_if_hopeless(group)
+
+    def _give_up_if_hopeless(self, group: Group) -> None:
+        if group.group_id not in self.groups or self._is_assigned(group):
+            return
+        if len(group.deaths) >= DEATHS_BEFORE_QUARANTINE:
+            self._drop(group, TrajectoryState.QUARANTINED, f"{len(group.deaths)} actors died on its task")
+        elif group.is_settled and not group.is_ready:
+            self._drop(group, TrajectoryState.GROUP_DROPPED, "fewer than two trajectories after its faults")
+
+    def _drop(self, group: Group, state: TrajectoryState, reason: str) -> None:
+        self._close(group)
+        self._record(GroupDropped(group_id=group.group_id, state=state, reason=reason))
+        if not self.finished:
+            self._event("dropped", f"group {group.group_id} ({group.task}): {reason}")
+
+    def _drop_overdue(self) -> None:
+        """Ends groups past their due version: only a run resumed with a smaller max_lag has any."""
+        assert self.version is not None
+        for group in list(self.groups.values()):
+            if group.due < self.version.step and not self._is_assigned(group):
+                self._drop(group, TrajectoryState.STALE, f"due by version {group.due}, now {self.version}")
+
+    def _train_assigned(self, version: PolicyVersion) -> None:
+        batch, self.assigned = self.assigned, None
+        if batch is None or version.step != batch.step + 1:
+            raise ProtocolError(
+                f"version {version} was published without the batch of step {version.step - 1}"
+            )
+        for group in batch.groups:
+            self._close(group)
+        self._record(BatchTrained(step=batch.step, group_ids=tuple(group.group_id for group in batch.groups)))
+
+    def _close(self, group: Group) -> None:
+        """Holds a group no more, but remembers for a while what belonged to it."""
+        del self.groups[group.group_id]
+        self._recent[group.group_id] = group
+        while len(self._recent) > _RECENT_GROUPS:
+            del self._recent[next(iter(self._recent))]
+        for slot in group.slots:
+            lease = self.leases.get(slot.lease_id) if slot.lease_id else None
+            if lease is not None:
+                self._end_lease(lease, LeaseOutcome.REVOKED, revoke="its group is trained or dropped")
+
+    def _hold(self, groups: Sequence[Group]) -> None:
+        for group in groups:
+            group.due = self._admission.due(group.born.step)
+            self._recent.pop(group.group_id, None)
+            self.groups[group.group_id] = group
+            self._maybe_free.add(group.group_id)
+        self.groups = dict(sorted(self.groups.items()))
+
+    def _is_assigned(self, group: Group) -> bool:
+        return self.assigned is not None and any(g.group_id == group.group_id for g in self.assigned.groups)
+
+    def _count_fault(self, lease: LiveLease, kind: FaultKind, message: str) -> None:
+        environment = self.groups[lease.group_id].task.environment
+        faults = self.faults.setdefault(environment, EnvironmentFaults())
+        faults.counts[kind] += 1
+        faults.last = message[:500]
+        self._event("fault", f"{kind} fault on lease {lease.lease_id} ({environment}): {message[:500]}")
+
+    # -- what waits for the ledger and for the actors ---------------------------------------
+
+    def take_records(self) -> list[Record]:
+        records, self._records = self._records, []
+        return records
+
+    def take_revocations(self) -> list[Revocation]:
+        revocations, self._revocations = self._revocations, []
+        return revocations
+
+    def _record(self, record: Record) -> None:
+        self._records.append(record)
+
+    def _event(self, kind: str, message: str) -> None:
+        self._record(EventLogged(kind=kind, message=message, time=self._wall_clock()))

@@ -1,0 +1,149 @@
+"""What the trainer's ranks call: protos/penstock/v1/trainer.proto over the scheduler."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from learner.coordinator.core import Coordinator, wait_until
+from learner.coordinator.explain import TrainerWait
+from learner.coordinator.publications import Publications
+from learner.coordinator.refusals import refusals
+from learner.coordinator.scheduler import Batch, Waiting
+from penstock.codec import manifest_from_wire, version_from_wire
+from penstock.errors import ProtocolError
+from penstock.rpc import to_seconds
+from penstock.trajectory import PolicyVersion
+from penstock.v1 import trainer_pb2 as pb
+from penstock.v1 import trainer_pb2_grpc, trajectory_pb2
+
+MAX_BATCH_WAIT_SECONDS = 30.0
+
+
+class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
+    """Lineages, batches and versions."""
+
+    def __init__(
+        self, coordinator: Coordinator, publications: Publications, *, keep_checkpoints: int
+    ) -> None:
+        self._coordinator = coordinator
+        self._scheduler = coordinator.scheduler
+        self._publications = publications
+        self._keep_checkpoints = keep_checkpoints
+
+    async def OpenLineage(  # noqa: N802
+        self, request: pb.OpenLineageRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.OpenLineageResponse:
+        async with refusals(context):
+            await self._coordinator.commit()
+            reopened = self._coordinator.ledger.groups_trained_from(request.step)
+            epoch = self._scheduler.open_lineage(request.step, reopened)
+            self._publications.withdraw()
+            self._coordinator.trainer = None
+            await self._coordinator.commit()
+            return pb.OpenLineageResponse(run_id=self._coordinator.run_id, epoch=epoch)
+
+    async def NextBatch(  # noqa: N802
+        self, request: pb.NextBatchRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.NextBatchResponse]:
+        async with refusals(context):
+            answer = await self._await_batch(request)
+            stop = self._coordinator.stop.is_set()
+            checkpoint, self._coordinator.checkpoint_requested = self._coordinator.checkpoint_requested, False
+            if isinstance(answer, Waiting):
+                yield pb.NextBatchResponse(
+                    waiting=pb.Waiting(reason=answer.reason),
+                    checkpoint_requested=checkpoint,
+                    stop_requested=stop,
+                )
+                return
+            for group in answer.groups:
+                payloads = self._coordinator.ledger.payloads(m.trajectory_id for m in group.members)
+                yield pb.NextBatchResponse(
+                    group=pb.TrainingGroup(
+                        group_id=group.group_id,
+                        num_groups=len(answer.groups),
+                        trajectories=[trajectory_pb2.Trajectory.FromString(p) for p in payloads],
+                    ),
+                    checkpoint_requested=checkpoint,
+                    stop_requested=stop,
+                )
+
+    async def _await_batch(self, request: pb.NextBatchRequest) -> Batch | Waiting:
+        """The step's batch, with every payload on disk, or why there is none by the deadline."""
+        clock = self._coordinator.clock
+        deadline = clock() + min(to_seconds(request.wait), MAX_BATCH_WAIT_SECONDS)
+        while True:
+            change = self._coordinator.changed.next()
+            answer = self._scheduler.next_batch(request.epoch, request.step)
+            if isinstance(answer, Batch):
+                self._note(None)
+                await self._coordinator.commit()
+                return answer
+            self._note(answer)
+            if self._coordinator.stop.is_set() or not await wait_until(change, deadline):
+                return answer
+
+    def _note(self, waiting: Waiting | None) -> None:
+        """Remembers what the trainer does, and since when, for `why`."""
+        before = self._coordinator.trainer
+        same = before is not None and (before.waiting is None) == (waiting is None)
+        since = before.since if before is not None and same else self._coordinator.clock()
+        self._coordinator.trainer = TrainerWait(since=since, waiting=waiting)
+
+    async def PublishVersion(  # noqa: N802
+        self, request: pb.PublishVersionRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.PublishVersionResponse:
+        async with refusals(context):
+            manifest = manifest_from_wire(request.manifest)
+            version = version_from_wire(request.version)
+            if manifest.version != version:
+                raise ProtocolError(
+                    f"version {version} was published with the manifest of {manifest.version}"
+                )
+            new = self._scheduler.published(
+                version,
+                manifest.digest,
+                request.manifest.SerializeToString(),
+                json.dumps(dict(request.metrics)),
+            )
+            if new:
+                self._coordinator.step_metrics = dict(request.metrics)
+                self._note_published()
+                await self._coordinator.commit()
+                self._publications.publish(manifest)
+                self._coordinator.changed.fire()
+            return pb.PublishVersionResponse()
+
+    def _note_published(self) -> None:
+        waiting = Waiting("the trainer's next request")
+        self._coordinator.trainer = TrainerWait(since=self._coordinator.clock(), waiting=waiting)
+
+    async def SkipStep(  # noqa: N802
+        self, request: pb.SkipStepRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.SkipStepResponse:
+        async with refusals(context):
+            self._scheduler.skip(request.epoch, request.step, request.reason)
+            await self._coordinator.commit()
+            return pb.SkipStepResponse()
+
+    async def RecordCheckpoint(  # noqa: N802
+        self, request: pb.RecordCheckpointRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.RecordCheckpointResponse:
+        async with refusals(context):
+            version = PolicyVersion(request.epoch, request.step)
+            self._scheduler.checkpointed(version, request.path, request.digest, self._keep_checkpoints)
+            await self._coordinator.commit()
+            return pb.RecordCheckpointResponse()
+
+    async def FinishRun(  # noqa: N802
+        self, request: pb.FinishRunRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.FinishRunResponse:
+        async with refusals(context):
+            self._scheduler.finish(request.epoch, request.step)
+            await self._coordinator.commit()
+            await self._coordinator.refresh_totals()
+            return pb.FinishRunResponse()
