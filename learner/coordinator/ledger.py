@@ -109,9 +109,11 @@ class Ledger:
         """Returns once the records, and all written before them, are on disk. Raises LedgerError."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
-        self._queue.put(
-            _Write(tuple(records), lambda error: loop.call_soon_threadsafe(_settle, future, error))
-        )
+
+        def done(error: LedgerError | None) -> None:
+            loop.call_soon_threadsafe(_settle, future, error)
+
+        self._queue.put(_Write(tuple(records), done))
         await future
 
     def write_blocking(self, records: Sequence[Record], *, timeout_seconds: float = 60.0) -> None:
@@ -220,7 +222,7 @@ class Ledger:
 
     def _groups(self, condition: str, parameters: tuple[Any, ...]) -> Iterator[Group]:
         rows = self._rows(
-            "SELECT group_id, environment, split, task_index, seed, born_epoch, born_step, num_slots "
+            "SELECT group_id, environment, split, task_index, seed, born_epoch, born_step, num_slots "  # noqa: S608
             f"FROM groups WHERE {condition} ORDER BY group_id",
             parameters,
         )

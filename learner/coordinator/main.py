@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import uvloop
 from environments.client import EnvironmentClient
 
+from environments.base import Description
 from learner.config import RunConfig
 from learner.coordinator.actor_service import ActorService, Welcome
 from learner.coordinator.core import Coordinator
@@ -160,7 +161,8 @@ def _restore(
 
 async def _describe(addresses: Sequence[str], stop: Stop) -> _Environments:
     """Asks every environment what it is. Raises ConfigError if one does not answer in time."""
-    endpoints, sources = [], []
+    endpoints: list[coordinator_pb2.EnvironmentEndpoint] = []
+    sources: list[TaskSource] = []
     for address in addresses:
         async with EnvironmentClient(address) as client:
             description = await _patiently(client, address, stop)
@@ -182,7 +184,7 @@ async def _describe(addresses: Sequence[str], stop: Stop) -> _Environments:
     return _Environments(tuple(endpoints), tuple(sources))
 
 
-async def _patiently(client: EnvironmentClient, address: str, stop: Stop):  # type: ignore[no-untyped-def]
+async def _patiently(client: EnvironmentClient, address: str, stop: Stop) -> Description:
     deadline = time.monotonic() + ENVIRONMENT_PATIENCE_SECONDS
     while True:
         try:

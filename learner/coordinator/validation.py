@@ -6,6 +6,7 @@ is stored. What comes too late or twice is well-formed; the scheduler decides on
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Collection
@@ -138,7 +139,7 @@ def _check_versions(trajectory: Trajectory, published: Collection[PolicyVersion]
     for span in spans:
         if span.version not in published:
             raise Rejected(RejectionCode.UNKNOWN_VERSION, f"version {span.version} was never published here")
-    if any(later.version <= earlier.version for earlier, later in zip(spans, spans[1:], strict=False)):
+    if any(later.version <= earlier.version for earlier, later in itertools.pairwise(spans)):
         names = ", ".join(str(span.version) for span in spans[:8])
         raise Rejected(RejectionCode.BAD_VERSIONS, f"version spans run {names}; expected them to grow")
 
