@@ -96,6 +96,9 @@ class RunConfig:
     """Allow addresses beyond loopback although nothing authenticates who connects."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     sampling: Sampling = field(default_factory=Sampling)
+    truncation_reward: float | None = None
+    """Reward of an episode that is cut at a token limit before its environment is done.
+    Unset, such an episode has no reward and counts as a fault of its task."""
     fleet: FleetConfig = field(default_factory=FleetConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 

@@ -44,7 +44,6 @@ _REWARD_STATUS_BACK = {wire: status for status, wire in _REWARD_STATUS.items()}
 _FINISH_REASON = {
     FinishReason.DONE: trajectory_pb2.FINISH_REASON_DONE,
     FinishReason.LENGTH: trajectory_pb2.FINISH_REASON_LENGTH,
-    FinishReason.MAX_TURNS: trajectory_pb2.FINISH_REASON_MAX_TURNS,
 }
 _FINISH_REASON_BACK = {wire: reason for reason, wire in _FINISH_REASON.items()}
 
@@ -168,7 +167,7 @@ def trajectory_from_wire(message: trajectory_pb2.Trajectory) -> Trajectory:
         )
     finish_reason = _FINISH_REASON_BACK.get(message.finish_reason)
     if finish_reason is None:
-        raise ProtocolError(f"finish_reason is {message.finish_reason}; expected DONE, LENGTH or MAX_TURNS")
+        raise ProtocolError(f"finish_reason is {message.finish_reason}; expected DONE or LENGTH")
     return Trajectory(
         trajectory_id=message.trajectory_id,
         lease_id=message.lease_id,

@@ -48,8 +48,9 @@ class RewardStatus(StrEnum):
 
 class FinishReason(StrEnum):
     DONE = "done"
+    """The environment ended the episode."""
     LENGTH = "length"
-    MAX_TURNS = "max_turns"
+    """The last turn was cut at a token limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

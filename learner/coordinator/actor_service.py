@@ -50,6 +50,7 @@ class Welcome:
     environments: Sequence[pb.EnvironmentEndpoint]
     policy_files: weights_pb2.PolicyFiles
     config: FleetConfig
+    truncation_reward: float | None
 
     def to(self, session_id: str) -> pb.JoinResponse:
         return pb.JoinResponse(
@@ -61,6 +62,7 @@ class Welcome:
             credits=self.credits,
             reset_timeout=to_duration(self.config.reset_timeout_seconds),
             step_timeout=to_duration(self.config.step_timeout_seconds),
+            truncation_reward=self.truncation_reward,
         )
 
     @property
@@ -153,7 +155,8 @@ class ActorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 if leases:
                     await self._coordinator.commit()
                     return pb.AcquireLeasesResponse(leases=[lease_to_wire(lease) for lease in leases])
-                if self._coordinator.stop.is_set() or not await wait_until(change, deadline):
+                outdated = version_from_wire(request.installed) != self._scheduler.version
+                if outdated or self._coordinator.stop.is_set() or not await wait_until(change, deadline):
                     return pb.AcquireLeasesResponse(reason=reason)
 
     async def Submit(  # noqa: N802

@@ -65,6 +65,7 @@ class LeaseTable:
             return False
         self._forget(lease)
         lease.session_id = session_id
+        lease.granted_at = now
         lease.deadline = now + self._progress_timeout
         self._by_session[session_id].add(lease_id)
         return True

@@ -97,7 +97,9 @@ async def _run(
     weights_server = ZeromqServer(f"tcp://{host}:0")
     publications = Publications(weights_server)
     server = rpc.server()
-    welcome = Welcome(run_id, environments.endpoints, policy.listing(), settings.fleet)
+    welcome = Welcome(
+        run_id, environments.endpoints, policy.listing(), settings.fleet, settings.truncation_reward
+    )
     addresses = {endpoint.name: endpoint.address for endpoint in environments.endpoints}
     keep = settings.training.checkpoint.keep
     coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(

@@ -275,11 +275,20 @@ class Scheduler:
         progress: Sequence[tuple[str, int, int]],
         now: float,
     ) -> None:
-        """Keeps a session alive; progress is (lease_id, tokens, turns), totals of each rollout."""
+        """Keeps a session alive.
+
+        progress: (lease_id, tokens, turns) of every lease that the actor holds. One that it
+        doesn't name some time after the grant was lost on the way, and is free again.
+        """
         session = self.fleet.require(session_id, now)
         session.installed, session.stats = installed, stats
         for lease_id, num_tokens, num_turns in progress:
             self.leases.progress(lease_id, session_id, num_tokens=num_tokens, num_turns=num_turns, now=now)
+        named = {lease_id for lease_id, _, _ in progress}
+        for lease in self.leases.of_session(session_id):
+            if lease.lease_id not in named and now - lease.granted_at > self._config.suspect_seconds:
+                self._event("lost", f"{session.info.actor_id} does not know its lease {lease.lease_id}")
+                self._end_lease(lease, LeaseOutcome.EXPIRED, message="lost on the way to the actor")
 
     def leave(self, session_id: str, reason: str, now: float) -> None:
         session = self.fleet.require(session_id, now)

@@ -254,8 +254,13 @@ class JoinResponse(_message.Message):
     CREDITS_FIELD_NUMBER: _builtins.int
     RESET_TIMEOUT_FIELD_NUMBER: _builtins.int
     STEP_TIMEOUT_FIELD_NUMBER: _builtins.int
+    TRUNCATION_REWARD_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     run_id: _builtins.str
+    truncation_reward: _builtins.float
+    """The reward of an episode that is cut at a token limit before its environment is
+    done. Unset: such an episode has no reward, and its lease is released as DATA.
+    """
     @_builtins.property
     def heartbeat_interval(self) -> _duration_pb2.Duration: ...
     @_builtins.property
@@ -285,12 +290,15 @@ class JoinResponse(_message.Message):
         credits: Global___Credits | None = ...,
         reset_timeout: _duration_pb2.Duration | None = ...,
         step_timeout: _duration_pb2.Duration | None = ...,
+        truncation_reward: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["credits", b"credits", "heartbeat_interval", b"heartbeat_interval", "policy_files", b"policy_files", "reset_timeout", b"reset_timeout", "step_timeout", b"step_timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_truncation_reward", b"_truncation_reward", "credits", b"credits", "heartbeat_interval", b"heartbeat_interval", "policy_files", b"policy_files", "reset_timeout", b"reset_timeout", "step_timeout", b"step_timeout", "truncation_reward", b"truncation_reward"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credits", b"credits", "environments", b"environments", "heartbeat_interval", b"heartbeat_interval", "policy_files", b"policy_files", "reset_timeout", b"reset_timeout", "run_id", b"run_id", "session_id", b"session_id", "step_timeout", b"step_timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_truncation_reward", b"_truncation_reward", "credits", b"credits", "environments", b"environments", "heartbeat_interval", b"heartbeat_interval", "policy_files", b"policy_files", "reset_timeout", b"reset_timeout", "run_id", b"run_id", "session_id", b"session_id", "step_timeout", b"step_timeout", "truncation_reward", b"truncation_reward"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__truncation_reward: _TypeAlias = _typing.Literal["truncation_reward"]  # noqa: Y015
+    _WhichOneofArgType__truncation_reward: _TypeAlias = _typing.Literal["_truncation_reward", b"_truncation_reward"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__truncation_reward) -> _WhichOneofReturnType__truncation_reward | None: ...
 
 Global___JoinResponse: _TypeAlias = JoinResponse  # noqa: Y015
 
@@ -474,7 +482,11 @@ class HeartbeatRequest(_message.Message):
         """The version that new tokens come from; unset before the first install."""
 
     @_builtins.property
-    def progress(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeaseProgress]: ...
+    def progress(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeaseProgress]:
+        """Every lease that the actor holds, from its grant until its item is acknowledged:
+        a lease that is missing here was lost on the way, and is granted again.
+        """
+
     @_builtins.property
     def stats(self) -> Global___EngineStats: ...
     def __init__(

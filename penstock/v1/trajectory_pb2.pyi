@@ -68,8 +68,6 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """The environment ended the episode."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
     """The last turn was cut at a token limit."""
-    FINISH_REASON_MAX_TURNS: _FinishReason.ValueType  # 3
-    """The environment's limit of turns was reached."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
 
@@ -78,8 +76,6 @@ FINISH_REASON_DONE: FinishReason.ValueType  # 1
 """The environment ended the episode."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 """The last turn was cut at a token limit."""
-FINISH_REASON_MAX_TURNS: FinishReason.ValueType  # 3
-"""The environment's limit of turns was reached."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
