@@ -1,0 +1,1 @@
+"""A whole run on one machine, small enough to watch."""
