@@ -56,7 +56,7 @@ class WeightFetcher:
         staging.prepare(manifest, self._newest)
         self._fetch_missing(manifest, staging, patience)
         self._newest, self._spare = staging, self._newest
-        return StagedWeights(manifest=manifest, buffer=staging.read_only())
+        return StagedWeights(manifest=manifest, buffer=staging.packed())
 
     def close(self) -> None:
         for receiver in self._receivers.values():
@@ -79,7 +79,7 @@ class WeightFetcher:
         if staging.missing():
             raise WeightTransferError(
                 f"version {manifest.version}: {len(staging.missing())} of {len(manifest.chunk_digests)} chunks "
-                f"did not arrive: {'; '.join(failures) or 'none of its media is known to this process'}"
+                f"did not arrive: {'; '.join(failures) or 'no medium of it is known here'}"
             )
 
 
@@ -143,11 +143,9 @@ class _Buffer:
             if self._present[index]
         }
 
-    def read_only(self) -> NDArray[np.uint8]:
+    def packed(self) -> NDArray[np.uint8]:
         assert self._manifest is not None
-        view = self._data[: self._manifest.num_bytes]
-        view.flags.writeable = False
-        return view
+        return self._data[: self._manifest.num_bytes]
 
     def _held_at_same_place(self, manifest: Manifest) -> set[int]:
         """Chunks that this buffer holds where the new version wants them, in chunks of the same size."""
