@@ -1,0 +1,5 @@
+import sys
+
+from penstock.cli import run
+
+sys.exit(run("learner.training.start:main", sys.argv[1:]))

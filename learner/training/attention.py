@@ -1,0 +1,260 @@
+"""Attention over packed rows: no token sees another sequence, and no [T, T] mask exists.
+
+Registered with transformers under PACKED, so that any model that takes its attention
+from transformers' registry runs on packed rows unchanged. On CUDA in half precision it
+calls `torch.nn.attention.varlen`; everywhere else it evaluates sequences of similar
+length together, padded only inside attention. Where flash-attn is installed,
+transformers' own integration of it is chosen instead.
+
+T   tokens of a row        N   sequences of a bucket     L   their padded length
+H   query heads            K   key-value heads           D   width of a head
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+
+PACKED = "penstock_packed"
+FLASH = "flash_attention_2"
+
+_DENSE_LENGTH = 256
+"""Up to this length scores are computed as one matrix product; beyond, block by block in SDPA."""
+_BUCKET_SCORES = 1 << 20
+"""Bound on N * L * L of a bucket, so that the scores of short sequences stay in cache."""
+_MIN_FILL = 0.8
+"""A sequence shorter than this share of a bucket's longest begins a new bucket."""
+
+
+class AttentionUnsupported(Exception):
+    """This model asks its attention for something that packed rows don't offer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """Neighbouring sequences of similar length, evaluated as one padded batch."""
+
+    start: int
+    stop: int
+    """Tokens start:stop of the row."""
+    num_sequences: int
+    length: int
+    gather_NL: torch.Tensor | None
+    """[N * L] int64 into start:stop, padding points at token 0; None when all lengths are equal."""
+    scatter: torch.Tensor | None
+    """[stop - start] int64 into [N * L]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowLayout:
+    """Where a row's sequences begin and end."""
+
+    cumulative: torch.Tensor
+    """[sequences + 1] int32."""
+    max_length: int
+    buckets: tuple[Bucket, ...]
+
+    def as_kwargs(self, implementation: str) -> dict[str, Any]:
+        """What the model's forward passes on to its attention."""
+        if implementation == FLASH:
+            lengths = {"cu_seq_lens_q": self.cumulative, "cu_seq_lens_k": self.cumulative}
+            return {**lengths, "max_length_q": self.max_length, "max_length_k": self.max_length}
+        return {"row_layout": self}
+
+
+def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
+    """flash-attn where it is installed and applies, else ours."""
+    applies = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    return FLASH if applies and importlib.util.find_spec("flash_attn") else PACKED
+
+
+def row_layout(lengths: Sequence[int], device: torch.device) -> RowLayout:
+    """Lengths must not increase."""
+    cumulative = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    cumulative[1:] = torch.tensor(lengths).cumsum(0)
+    return RowLayout(
+        cumulative=cumulative.to(device),
+        max_length=lengths[0],
+        buckets=tuple(_bucket(start, part, device) for start, part in _bucket_lengths(lengths)),
+    )
+
+
+def _bucket_lengths(lengths: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
+    """Cuts the row into (first token, lengths) of each bucket."""
+    start = first = 0
+    for index in range(1, len(lengths) + 1):
+        longest = lengths[first]
+        full = (index - first + 1) * longest * longest > _BUCKET_SCORES
+        if index == len(lengths) or full or lengths[index] < _MIN_FILL * longest:
+            yield start, lengths[first:index]
+            start += sum(lengths[first:index])
+            first = index
+
+
+def _bucket(start: int, lengths: Sequence[int], device: torch.device) -> Bucket:
+    longest, total = lengths[0], sum(lengths)
+    gather_NL = scatter = None
+    if lengths[-1] != longest:
+        lengths_N = torch.tensor(lengths)
+        inside_NL = torch.arange(longest) < lengths_N[:, None]
+        first_N = lengths_N.cumsum(0) - lengths_N
+        index_NL = first_N[:, None] + torch.arange(longest)
+        gather_NL = torch.where(inside_NL, index_NL, 0).flatten().to(device)
+        scatter = inside_NL.flatten().nonzero()[:, 0].to(device)
+    return Bucket(
+        start=start,
+        stop=start + total,
+        num_sequences=len(lengths),
+        length=longest,
+        gather_NL=gather_NL,
+        scatter=scatter,
+    )
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    row_layout: RowLayout | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each sequence of one row, as transformers' attention interface calls it.
+
+    query: [1, H, T, D]; key, value: [1, K, T, D]. Returns [1, T, H, D]. Dropout is never
+    applied. Raises AttentionUnsupported for a feature that is not implemented here.
+    """
+    _refuse_unsupported(row_layout, attention_mask, kwargs)
+    assert row_layout is not None
+    query_THD, key_TKD, value_TKD = (states[0].transpose(0, 1) for states in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        out = _varlen(query_THD, key_TKD, value_TKD, row_layout, scale, sliding_window)
+    else:
+        out = _bucketed(query_THD, key_TKD, value_TKD, row_layout, scale, sliding_window)
+    return out.unsqueeze(0), None
+
+
+def _refuse_unsupported(layout: RowLayout | None, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
+    if layout is None:
+        raise AttentionUnsupported("the model does not hand its keyword arguments on to attention")
+    if mask is not None:
+        raise AttentionUnsupported("the model makes a mask of its own")
+    for name in ("softcap", "s_aux", "position_bias", "indices"):
+        if kwargs.get(name) is not None:
+            raise AttentionUnsupported(f"the model's attention uses {name}")
+
+
+def _varlen(
+    query_THD: torch.Tensor,
+    key_TKD: torch.Tensor,
+    value_TKD: torch.Tensor,
+    layout: RowLayout,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    out = varlen_attn(
+        query_THD.contiguous(),
+        key_TKD.contiguous(),
+        value_TKD.contiguous(),
+        layout.cumulative,
+        layout.cumulative,
+        layout.max_length,
+        layout.max_length,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query_THD.shape[1] != key_TKD.shape[1],
+    )
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def _bucketed(
+    query_THD: torch.Tensor,
+    key_TKD: torch.Tensor,
+    value_TKD: torch.Tensor,
+    layout: RowLayout,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    parts = []
+    for bucket in layout.buckets:
+        query, key, value = (_pad(states, bucket) for states in (query_THD, key_TKD, value_TKD))
+        dense = bucket.length <= _DENSE_LENGTH
+        out_NHLD = (_dense_attention if dense else _blockwise_attention)(query, key, value, scale, window)
+        parts.append(_unpad(out_NHLD, bucket))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _pad(states_THD: torch.Tensor, bucket: Bucket) -> torch.Tensor:
+    """[T, heads, D] to [N, heads, L, D]. Padding repeats a token; causality hides it from all that came before."""
+    part = states_THD[bucket.start : bucket.stop]
+    if bucket.gather_NL is not None:
+        part = part.flatten(1).index_select(0, bucket.gather_NL)
+    heads, width = states_THD.shape[1:]
+    return part.reshape(bucket.num_sequences, bucket.length, heads, width).transpose(1, 2)
+
+
+def _unpad(states_NHLD: torch.Tensor, bucket: Bucket) -> torch.Tensor:
+    """[N, H, L, D] back to the bucket's tokens [*, H, D]."""
+    heads, width = states_NHLD.shape[1], states_NHLD.shape[3]
+    flat = states_NHLD.transpose(1, 2).reshape(-1, heads * width)
+    if bucket.scatter is not None:
+        flat = flat.index_select(0, bucket.scatter)
+    return flat.view(-1, heads, width)
+
+
+def _dense_attention(
+    query_NHLD: torch.Tensor,
+    key_NKLD: torch.Tensor,
+    value_NKLD: torch.Tensor,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """Scores as one batched matrix product: on CPU the fastest way for short sequences."""
+    N, H, L, D = query_NHLD.shape
+    K = key_NKLD.shape[1]
+    query_NKGLD = (query_NHLD * scale).reshape(N, K, H // K, L, D)
+    scores = query_NKGLD @ key_NKLD[:, :, None].transpose(-1, -2)
+    weights = scores.masked_fill(_hidden_from(L, window, scores.device), float("-inf")).softmax(-1)
+    return (weights @ value_NKLD[:, :, None]).reshape(N, H, L, -1)
+
+
+def _blockwise_attention(
+    query_NHLD: torch.Tensor,
+    key_NKLD: torch.Tensor,
+    value_NKLD: torch.Tensor,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """SDPA, whose memory grows with L, not its square, unless a window needs a mask."""
+    L, groups = query_NHLD.shape[2], query_NHLD.shape[1] // key_NKLD.shape[1]
+    key, value = (states.repeat_interleave(groups, dim=1) for states in (key_NKLD, value_NKLD))
+    banded = window is not None and window < L
+    mask = ~_hidden_from(L, window, query_NHLD.device) if banded else None
+    return torch.nn.functional.scaled_dot_product_attention(
+        query_NHLD, key, value, attn_mask=mask, is_causal=mask is None, scale=scale
+    )
+
+
+@lru_cache(maxsize=64)
+def _hidden_from(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """[L, L] bool: True where query i must not see key j: j > i, or j <= i - window."""
+    hidden = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+    if window is not None:
+        hidden |= torch.ones_like(hidden).tril(-window)
+    return hidden
+
+
+AttentionInterface.register(PACKED, packed_attention)

@@ -1,0 +1,300 @@
+"""Checkpoints: everything that training needs to go on as if it had never stopped.
+
+    step-00000050/
+        rank-0-of-2.safetensors    that rank's rows of every parameter and optimiser state, and its RNG
+        rank-1-of-2.safetensors
+        manifest.json              step, shapes, which rows each file holds, BLAKE3 digest of each file
+        manifest.blake3            digest of manifest.json
+
+Tensors are cut along their first dimension, as FSDP2 shards them, so any number of
+ranks can read what any other number wrote. A checkpoint is written aside, synced,
+hashed, and then renamed: a folder of the final name is complete, or it was damaged
+later, which its digests tell.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from learner.training.parallel import Ranks, local
+from learner.training.publish import published_tensors
+from learner.training.updater import Updater
+from penstock.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+FORMAT = 1
+POLICY = "policy/"
+_OPTIMIZER = "optimizer/"
+_RNG = "rng/"
+_MANIFEST, _DIGEST = "manifest.json", "manifest.blake3"
+_PREFIX = "step-"
+
+
+class CheckpointDamaged(Exception):
+    """A checkpoint is not what was written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    step: int
+    digest: str
+    """BLAKE3-256 of its manifest, in hexadecimal."""
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every rank calls the same methods in the same order."""
+
+    def __init__(self, folder: Path, updater: Updater, *, keep: int) -> None:
+        self._folder = folder
+        self._updater = updater
+        self._keep = keep
+
+    def write(self, step: int) -> Checkpoint:
+        """Writes the state after `step` steps; deletes the oldest beyond `keep`. Raises OSError."""
+        ranks, final = self._updater.ranks, self._folder / f"{_PREFIX}{step:08d}"
+        aside = self._folder / f".{final.name}.writing"
+        if ranks.is_first:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        ranks.barrier()
+        shard = aside / _shard_name(ranks.rank, ranks.world_size)
+        save_file(_state_of(self._updater), shard)
+        _sync(shard)
+        digests = ranks.gather(torch.frombuffer(bytearray(_hash(shard)), dtype=torch.uint8))
+        manifest = _manifest_bytes(self._updater, step, [bytes(digest.tolist()).hex() for digest in digests])
+        digest = blake3(manifest).hexdigest()
+        if ranks.is_first:
+            _write_synced(aside / _MANIFEST, manifest)
+            _write_synced(aside / _DIGEST, digest.encode())
+            _replace(aside, final)
+            self._delete_old()
+        ranks.barrier()
+        return Checkpoint(path=final, step=step, digest=digest)
+
+    def resume(self) -> int:
+        """Loads the newest sound checkpoint; returns its step, or 0 if there is none at all.
+
+        A damaged one is set aside under another name, loudly, and the one before is taken.
+        """
+        ranks = self._updater.ranks
+        found = newest(self._folder, set_aside=True) if ranks.is_first else None
+        step = int(ranks.maximum(torch.tensor([found.step if found else 0])))
+        if step:
+            _load(self._folder / f"{_PREFIX}{step:08d}", self._updater)
+        return step
+
+    def _delete_old(self) -> None:
+        for path in _folders(self._folder)[self._keep :]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def newest(folder: Path, *, set_aside: bool = False) -> Checkpoint | None:
+    """The newest checkpoint whose digests hold. Damaged ones are logged and, if asked, renamed."""
+    for path in _folders(folder):
+        try:
+            return verify(path)
+        except CheckpointDamaged as damage:
+            _log.error("checkpoint %s is damaged and is not used: %s", path, damage)
+            if set_aside:
+                path.rename(path.with_name(f"damaged-{path.name}-{os.getpid()}"))
+    return None
+
+
+def verify(path: Path) -> Checkpoint:
+    """Checks every byte against the manifest. Raises CheckpointDamaged."""
+    try:
+        manifest, stated = (path / _MANIFEST).read_bytes(), (path / _DIGEST).read_text("ascii")
+        if blake3(manifest).hexdigest() != stated:
+            raise CheckpointDamaged(f"{_MANIFEST} does not have the digest that {_DIGEST} states")
+        fields = json.loads(manifest)
+        for name, digest in fields["files"].items():
+            if _hash(path / name).hex() != digest:
+                raise CheckpointDamaged(f"{name} does not have the digest that {_MANIFEST} states")
+        return Checkpoint(path=path, step=fields["step"], digest=stated)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointDamaged(str(error)) from error
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Complete checkpoints, newest first."""
+    return sorted((path for path in folder.glob(f"{_PREFIX}*") if path.is_dir()), reverse=True)
+
+
+def _shard_name(rank: int, world_size: int) -> str:
+    return f"rank-{rank}-of-{world_size}.safetensors"
+
+
+def _state_of(updater: Updater) -> dict[str, torch.Tensor]:
+    """This rank's rows of everything, on the CPU, and its RNG."""
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in _named_tensors(updater):
+        state[name] = local(tensor).cpu().contiguous()
+    state[f"{_RNG}cpu"] = torch.get_rng_state()
+    if updater.ranks.device.type == "cuda":
+        state[f"{_RNG}cuda"] = torch.cuda.get_rng_state(updater.ranks.device)
+    return state
+
+
+def _named_tensors(updater: Updater) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in published_tensors(updater.policy):
+        yield f"{POLICY}{name}", tensor
+    for name, parameter in updater.policy.causal_lm.named_parameters():
+        for kind, value in updater.optimizer.state.get(parameter, {}).items():
+            yield f"{_OPTIMIZER}{kind}/{name}", value
+
+
+def _rows(tensor: torch.Tensor, rank: int, world_size: int) -> tuple[int, int]:
+    """Which rows of the full tensor a rank holds: FSDP2 cuts as torch.chunk does."""
+    if not isinstance(tensor, DTensor):
+        return 0, tensor.shape[0] if tensor.ndim else 1
+    rows = tensor.shape[0]
+    share = -(-rows // world_size)
+    return min(rank * share, rows), min((rank + 1) * share, rows)
+
+
+def _manifest_bytes(updater: Updater, step: int, digests: list[str]) -> bytes:
+    world_size = updater.ranks.world_size
+    tensors = {
+        name: {
+            "shape": list(tensor.shape),
+            "rows": [_rows(tensor, rank, world_size) for rank in range(world_size)],
+        }
+        for name, tensor in _named_tensors(updater)
+    }
+    files = {_shard_name(rank, world_size): digest for rank, digest in enumerate(digests)}
+    fields = {"format": FORMAT, "step": step, "files": files, "tensors": tensors}
+    return json.dumps(fields, indent=1).encode()
+
+
+class CheckpointReader:
+    """Reads rows of tensors, whichever files they lie in. Memory-mapped: only what is asked for is read."""
+
+    def __init__(self, path: Path) -> None:
+        self._stack = ExitStack()
+        fields = json.loads((path / _MANIFEST).read_bytes())
+        if fields["format"] != FORMAT:
+            raise ConfigError(f"{path}: checkpoint format is {fields['format']}; this program reads {FORMAT}")
+        self.tensors: Mapping[str, dict[str, Any]] = fields["tensors"]
+        self._files = [self._stack.enter_context(safe_open(path / name, "pt")) for name in fields["files"]]
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start:stop of a tensor; all of a scalar."""
+        entry = self.tensors[name]
+        if not entry["shape"]:
+            scalar: torch.Tensor = self._files[0].get_tensor(name)
+            return scalar
+        parts: list[torch.Tensor] = []
+        for file, (first, last) in zip(self._files, entry["rows"], strict=True):
+            low, high = max(start, first), min(stop, last)
+            if low < high and (not parts or low >= start + sum(part.shape[0] for part in parts)):
+                parts.append(file.get_slice(name)[low - first : high - first])
+        return torch.cat(parts) if parts else torch.zeros((0, *entry["shape"][1:]))
+
+    def full(self, name: str) -> torch.Tensor:
+        shape = self.tensors[name]["shape"]
+        return self.rows(name, 0, shape[0] if shape else 1)
+
+    def of_rank(self, rank: int, name: str) -> torch.Tensor | None:
+        """A tensor that belongs to one rank, such as its RNG; None if that rank did not exist."""
+        if rank >= len(self._files) or name not in self._files[rank].keys():  # noqa: SIM118
+            return None
+        tensor: torch.Tensor = self._files[rank].get_tensor(name)
+        return tensor
+
+
+def _load(path: Path, updater: Updater) -> None:
+    try:
+        with CheckpointReader(path) as reader, torch.no_grad():
+            _load_policy(reader, updater)
+            _load_optimizer(reader, updater)
+            _load_rng(reader, updater.ranks)
+    except (KeyError, SafetensorError, RuntimeError) as error:
+        raise ConfigError(
+            f"checkpoint {path} does not fit the run's policy: {error}; was `policy` changed since it was written?"
+        ) from error
+
+
+def _load_policy(reader: CheckpointReader, updater: Updater) -> None:
+    for name, tensor in published_tensors(updater.policy):
+        _fill(reader, f"{POLICY}{name}", tensor, updater.ranks)
+
+
+def _load_optimizer(reader: CheckpointReader, updater: Updater) -> None:
+    kinds = sorted({name.split("/")[1] for name in reader.tensors if name.startswith(_OPTIMIZER)})
+    for name, parameter in updater.policy.causal_lm.named_parameters():
+        for kind in kinds:
+            key = f"{_OPTIMIZER}{kind}/{name}"
+            is_scalar = not reader.tensors[key]["shape"]
+            value = (
+                torch.zeros((), device=parameter.device)
+                if is_scalar
+                else torch.zeros_like(parameter.detach())
+            )
+            _fill(reader, key, value, updater.ranks)
+            updater.optimizer.state[parameter][kind] = value
+
+
+def _fill(reader: CheckpointReader, name: str, tensor: torch.Tensor, ranks: Ranks) -> None:
+    if reader.tensors[name]["shape"] != list(tensor.shape):
+        raise KeyError(f"{name} has shape {reader.tensors[name]['shape']}, expected {list(tensor.shape)}")
+    local(tensor).copy_(reader.rows(name, *_rows(tensor, ranks.rank, ranks.world_size)))
+
+
+def _load_rng(reader: CheckpointReader, ranks: Ranks) -> None:
+    """A rank that did not exist when the checkpoint was written keeps its fresh seed."""
+    state = reader.of_rank(ranks.rank, f"{_RNG}cpu")
+    if state is not None:
+        torch.set_rng_state(state)
+    state = reader.of_rank(ranks.rank, f"{_RNG}cuda")
+    if state is not None and ranks.device.type == "cuda":
+        torch.cuda.set_rng_state(state, ranks.device)
+
+
+def _hash(path: Path) -> bytes:
+    return blake3().update_mmap(path).digest()
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace(aside: Path, final: Path) -> None:
+    """Gives a complete checkpoint its name. One of the same step is replaced."""
+    _sync(aside)
+    if final.exists():
+        shutil.rmtree(final)
+    aside.rename(final)
+    _sync(final.parent)

@@ -1,0 +1,191 @@
+"""The training loop.
+
+    consumes     orders: batches, requests for a checkpoint, a stop (orders.py)
+    waits for    the coordinator's next batch
+    produces     a version a step, checkpoints, metrics
+
+What the loop does in addition (timing, metrics, checkpoints) comes in as objects with
+one verb each; every rank runs the same loop on the same orders.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from learner.training.batch import Batch
+from learner.training.checkpoint import Checkpoints
+from learner.training.coordinator import Coordinator
+from learner.training.grpo import StepReport
+from learner.training.orders import Leave, Orders, Train, WriteCheckpoint
+from learner.training.parallel import Ranks
+from learner.training.publish import Publisher
+from penstock.errors import PenstockError
+from penstock.trajectory import PolicyVersion
+
+_log = logging.getLogger(__name__)
+
+MAX_SKIPS = 3
+"""Steps in a row that may fail before the run stops."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Position:
+    """Where training is."""
+
+    epoch: int
+    step: int
+
+    @property
+    def version(self) -> PolicyVersion:
+        return PolicyVersion(self.epoch, self.step)
+
+
+class Algorithm(Protocol):
+    """Makes the next version of a batch, or says why it could not; then weights are as before."""
+
+    def step(self, batch: Batch, version: PolicyVersion, *, learning_rate: float) -> StepReport: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """The parts of a run, on one rank."""
+
+    num_steps: int
+    position: Position
+    learning_rate: Callable[[int], float]
+    """Of the step that starts from version `step`."""
+    algorithm: Algorithm
+    orders: Orders
+    versions: Versions
+    checkpoints: CheckpointLog
+    skips: Skips
+
+    def run(self) -> bool:
+        """Trains from `position` to the last step, or until a stop. Returns whether the run is complete."""
+        position = self.position
+        self.versions.publish(position.version, {})
+        for order in self.orders.until(self.num_steps):
+            match order:
+                case Leave():
+                    break
+                case WriteCheckpoint():
+                    self.checkpoints.write(position)
+                case Train(batch=batch):
+                    started = time.monotonic()
+                    rate = self.learning_rate(position.step)
+                    report = self.algorithm.step(batch, position.version, learning_rate=rate)
+                    if report.failure:
+                        self.skips.skip(position, batch, report.failure)
+                        continue
+                    self.skips.reset()
+                    position.step += 1
+                    timing = {"step_seconds": time.monotonic() - started, "wait_seconds": order.wait_seconds}
+                    self.versions.publish(position.version, report.metrics | timing)
+                    self.checkpoints.after_step(position)
+        self.checkpoints.write(position)
+        return position.step >= self.num_steps
+
+
+class Versions:
+    """Publishes versions: weights first, then the coordinator's journal, then the metrics file."""
+
+    def __init__(
+        self, publisher: Publisher, coordinator: Coordinator, ranks: Ranks, metrics_path: Path
+    ) -> None:
+        self._publisher = publisher
+        self._coordinator = coordinator
+        self._ranks = ranks
+        self._metrics_path = metrics_path
+
+    def publish(self, version: PolicyVersion, metrics: Mapping[str, float]) -> None:
+        """Every rank calls it. When it returns, actors may install the version."""
+        started = time.monotonic()
+        manifest = self._publisher.write(version)
+        if not self._ranks.is_first:
+            return
+        assert manifest is not None
+        if metrics:
+            metrics = {**metrics, "publish_seconds": time.monotonic() - started}
+        self._coordinator.publish_version(version, manifest, metrics)
+        if metrics:
+            self._record(version, metrics)
+
+    def _record(self, version: PolicyVersion, metrics: Mapping[str, float]) -> None:
+        line = {"version": str(version), "step": version.step, "time": time.time(), **metrics}
+        with self._metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        _log.info(
+            "version %s: reward %.3f, loss %.4f, lag %.1f (max %d), %.2f s after %.2f s of waiting",
+            version, metrics["reward_mean"], metrics["loss"], metrics["lag_mean"], metrics["lag_max"],
+            metrics["step_seconds"], metrics["wait_seconds"],
+        )  # fmt: skip
+
+
+class CheckpointLog:
+    """Writes checkpoints when they are due, and tells the coordinator of each."""
+
+    def __init__(
+        self, checkpoints: Checkpoints, coordinator: Coordinator, ranks: Ranks, *, every_steps: int
+    ) -> None:
+        self._checkpoints = checkpoints
+        self._coordinator = coordinator
+        self._ranks = ranks
+        self._every_steps = every_steps
+        self._written = 0
+
+    def resume(self) -> int:
+        self._written = self._checkpoints.resume()
+        return self._written
+
+    def after_step(self, position: Position) -> None:
+        if position.step % self._every_steps == 0:
+            self.write(position)
+
+    def write(self, position: Position) -> None:
+        """Writes the position's checkpoint, unless it is on disk already. Version 0 needs none."""
+        if position.step == self._written:
+            return
+        started = time.monotonic()
+        checkpoint = self._checkpoints.write(position.step)
+        self._written = position.step
+        if self._ranks.is_first:
+            self._coordinator.record_checkpoint(
+                epoch=position.epoch,
+                step=position.step,
+                path=str(checkpoint.path),
+                digest=checkpoint.digest,
+            )
+            _log.info("checkpoint %s, in %.2f s", checkpoint.path, time.monotonic() - started)
+
+
+class Skips:
+    """Counts steps that failed in a row; the run stops after MAX_SKIPS."""
+
+    def __init__(self, coordinator: Coordinator, ranks: Ranks) -> None:
+        self._coordinator = coordinator
+        self._ranks = ranks
+        self._ids: list[str] = []
+        self._in_a_row = 0
+
+    def skip(self, position: Position, batch: Batch, reason: str) -> None:
+        """Has the batch quarantined. Raises PenstockError, naming trajectories, when it is one too many."""
+        self._in_a_row += 1
+        self._ids += [trajectory.trajectory_id for trajectory in batch.trajectories()]
+        _log.error("step %d is skipped: %s", position.step, reason)
+        if self._ranks.is_first:
+            self._coordinator.skip_step(epoch=position.epoch, step=position.step, reason=reason)
+        if self._in_a_row == MAX_SKIPS:
+            raise PenstockError(
+                f"{MAX_SKIPS} steps in a row failed ({reason}); their trajectories are quarantined: "
+                + " ".join(self._ids)
+            )
+
+    def reset(self) -> None:
+        self._in_a_row = 0
+        self._ids.clear()

@@ -1,0 +1,104 @@
+"""Loads a policy from a Hugging Face folder, and says clearly what is wrong with one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from learner.training.policy import Policy, choose_evaluation
+from penstock.errors import ConfigError
+
+_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+def load_policy(folder: Path, *, activation_checkpointing: bool = False) -> Policy:
+    """Loads config and safetensors into float32 masters on the CPU. Raises ConfigError.
+
+    Dropout is off: it would make the trainer's log-probabilities differ from the engine's.
+    """
+    config = load_policy_config(folder)
+    _check_weight_files(folder)
+    causal_lm = _load_weights(folder, config)
+    if activation_checkpointing:
+        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    causal_lm.eval()
+    evaluation = choose_evaluation(causal_lm)
+    causal_lm.train()
+    return Policy(causal_lm, evaluation)
+
+
+def load_policy_config(folder: Path) -> Any:
+    """Reads config.json, with every dropout set to 0. Raises ConfigError."""
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder}: no such folder; expected a Hugging Face policy (config.json, safetensors)"
+        )
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder}: has no config.json; expected a Hugging Face policy folder")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise ConfigError(
+            f"{path}: names no model_type; expected the configuration of a causal language model"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{path}: transformers cannot use it: {_first_line(error)}") from error
+    for name, value in vars(config).items():
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
+
+
+def _check_weight_files(folder: Path) -> None:
+    if any((folder / name).is_file() for name in _WEIGHT_FILES):
+        return
+    unsafe = [path.name for path in folder.glob("*.bin")]
+    hint = f"; {unsafe[0]} is a pickle and is not read: convert it to safetensors" if unsafe else ""
+    raise ConfigError(f"{folder}: has no weights; expected {' or '.join(_WEIGHT_FILES)}{hint}")
+
+
+def _load_weights(folder: Path, config: Any) -> Any:
+    progress = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        causal_lm, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{folder}: the weights cannot be loaded: {_first_line(error)}") from error
+    finally:
+        if progress:
+            transformers_logging.enable_progress_bar()
+    _check_report(folder, report)
+    return causal_lm
+
+
+def _check_report(folder: Path, report: dict[str, Any]) -> None:
+    for kind, meaning in (
+        ("mismatched_keys", "have another shape than config.json says"),
+        ("missing_keys", "are missing from the weights"),
+        ("error_msgs", "could not be read"),
+    ):
+        names = sorted(str(name) for name in report.get(kind) or ())
+        if names:
+            raise ConfigError(f"{folder}: {len(names)} tensors {meaning}, such as {names[0]}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

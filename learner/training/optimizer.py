@@ -1,0 +1,48 @@
+"""AdamW, its learning rate as a function of the step, and the check before each update."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from learner.training.config import OptimizerConfig, Schedule
+from learner.training.parallel import whole
+
+
+def learning_rate(config: OptimizerConfig, *, step: int, num_steps: int) -> float:
+    """Rate of the step that makes version step + 1: linear warm-up, then the schedule, over steps 0 .. num_steps - 1.
+
+    Linear and cosine fall from the full rate, in the first step after the warm-up, to
+    0, which they would reach with step `num_steps`.
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = min(1.0, (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps))
+    if config.schedule is Schedule.LINEAR:
+        return config.learning_rate * (1.0 - progress)
+    if config.schedule is Schedule.COSINE:
+        return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.learning_rate
+
+
+def make_optimizer(policy: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Decays matrices; leaves vectors (norms, biases) alone."""
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def clip_gradients(policy: nn.Module, *, max_norm: float) -> float:
+    """Scales gradients down to a global norm; returns the norm before that, which may not be finite."""
+    return float(whole(nn.utils.clip_grad_norm_(policy.parameters(), max_norm, foreach=True)))

@@ -1,0 +1,152 @@
+"""The trainer's ranks: who they are, what they agree on, and how they share the policy.
+
+One rank alone needs no process group. Several meet through a file (RENDEZVOUS_VARIABLE,
+whose path `launch.py` sets) and talk over the loopback interface, so that nothing listens beyond
+127.0.0.1.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._C._distributed_c10d import FileStore, HashStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from learner.training.command import RENDEZVOUS_VARIABLE
+from learner.training.config import Device, Precision
+from learner.training.policy import Policy
+from penstock.errors import ConfigError
+
+COLLECTIVE_TIMEOUT_SECONDS = 600.0
+"""A collective that takes longer has lost a rank: the process ends with an error."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """This process among the trainer's ranks."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh | None
+    """None for one rank that needs no process group."""
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Adds a tensor over all ranks; every rank gets the total."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def maximum(self, values: torch.Tensor) -> torch.Tensor:
+        """The largest of each element over all ranks."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def gather(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """One CPU tensor of equal shape from every rank, in rank order."""
+        if self.world_size == 1:
+            return [values]
+        parts = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.all_gather(parts, values)
+        return parts
+
+    def barrier(self) -> None:
+        """Waits until every rank is here; bounded by COLLECTIVE_TIMEOUT_SECONDS."""
+        self.sum(torch.zeros(1))
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _reduce(self, values: torch.Tensor, operation: Any) -> torch.Tensor:
+        if self.world_size > 1:
+            values = values.clone()
+            dist.all_reduce(values, operation)
+        return values
+
+
+def open_ranks(device: Device, precision: Precision) -> Ranks:
+    """Joins the other ranks as the environment says: RANK, WORLD_SIZE, LOCAL_RANK. Raises ConfigError."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    where = _local_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    mesh = None
+    if world_size > 1 or precision is Precision.BFLOAT16:
+        _join(rank, world_size, where)
+        mesh = init_device_mesh(where.type, (world_size,), mesh_dim_names=("shard",))
+    return Ranks(rank=rank, world_size=world_size, device=where, mesh=mesh)
+
+
+def _local_device(device: Device, local_rank: int) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if device is Device.CUDA and not has_cuda:
+        raise ConfigError("training.device is cuda, but torch finds no CUDA device; use auto or cpu")
+    if device is Device.CPU or not has_cuda:
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"training.num_ranks needs a GPU each, but this host has {torch.cuda.device_count()}; use fewer ranks"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _join(rank: int, world_size: int, device: torch.device) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    path = os.environ.get(RENDEZVOUS_VARIABLE)
+    if world_size > 1 and not path:
+        raise ConfigError(
+            f"{world_size} ranks, but {RENDEZVOUS_VARIABLE} is not set; start them with launch_command"
+        )
+    store = FileStore(path, world_size) if path and world_size > 1 else HashStore()
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS),
+    )
+
+
+def place(policy: Policy, ranks: Ranks, precision: Precision) -> None:
+    """Moves the policy to its device and, where there is a mesh, shards it block by block (FSDP2).
+
+    Master weights and gradient reduction are float32; blocks compute in `precision`.
+    """
+    if ranks.mesh is None:
+        policy.to(ranks.device)
+        return
+    compute = torch.bfloat16 if precision is Precision.BFLOAT16 else torch.float32
+    mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    for block in _blocks(policy.causal_lm):
+        fully_shard(block, mesh=ranks.mesh, mp_policy=mixed)
+    fully_shard(policy, mesh=ranks.mesh, mp_policy=mixed)
+
+
+def _blocks(causal_lm: Any) -> list[nn.Module]:
+    """The repeated layers: what transformers declares unsplittable, else the longest list of modules."""
+    names = set(causal_lm._no_split_modules or ())
+    declared = [module for module in causal_lm.modules() if type(module).__name__ in names]
+    if declared:
+        return declared
+    lists = [list(module) for module in causal_lm.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=[])
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a parameter, gradient or optimiser state; all of it when it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The full tensor on every rank. A collective when it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

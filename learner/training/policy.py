@@ -1,0 +1,173 @@
+"""The learner policy: a causal LM that scores the sampled tokens of packed rows.
+
+How rows are evaluated is found out, not assumed: at the start `choose_evaluation` runs
+two short sequences packed and alone, and takes the fastest way that agrees. A model with
+recurrent state, a mask or attention of its own is evaluated in padded batches instead,
+where sequences cannot touch each other.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import nn
+
+from learner.training.attention import PACKED, AttentionUnsupported, RowLayout, row_layout
+from learner.training.logprobs import score_logits, token_logprobs
+from learner.training.packing import PackedRow
+from penstock.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+_PROBE_LENGTHS = (6, 3)
+_TOLERANCE = 1e-3
+
+
+class RowForm(StrEnum):
+    PACKED = "packed"
+    """One row, sequences end to end, variable-length attention."""
+    PADDED = "padded"
+    """One row a sequence, padded on the right: exact for every causal model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """How a model is run."""
+
+    form: RowForm
+    split_head: bool
+    """Logits are the output embedding of the last hidden state and nothing more, so they can be
+    computed in chunks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenScores:
+    """What the policy says of a row's sampled tokens."""
+
+    logprobs_S: torch.Tensor
+    """[S] float32, with gradients."""
+    entropy_S: torch.Tensor
+    """[S] float32, without."""
+
+
+class Policy(nn.Module):
+    """Wraps a transformers model; its parameters keep their names below `causal_lm`."""
+
+    def __init__(self, causal_lm: Any, evaluation: Evaluation) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+        self.evaluation = evaluation
+        self.vocab_size: int = causal_lm.get_input_embeddings().weight.shape[0]
+
+    def forward(self, row: PackedRow, *, temperature: float) -> TokenScores:
+        """Scores every sampled token of one row under softmax(logits / temperature)."""
+        layout = row_layout(row.lengths, row.device)
+        if self.evaluation.split_head:
+            hidden_SH = self._hidden(row, layout)[row.predictors_S]
+            logprobs_S, entropy_S = token_logprobs(
+                hidden_SH,
+                self.causal_lm.get_output_embeddings(),
+                row.targets_S,
+                temperature=temperature,
+                vocab_size=self.vocab_size,
+            )
+        else:
+            logits_SV = self._logits(row, layout)[row.predictors_S]
+            logprobs_S, entropy_S = score_logits(logits_SV, row.targets_S, temperature=temperature)
+        return TokenScores(logprobs_S=logprobs_S, entropy_S=entropy_S)
+
+    def _hidden(self, row: PackedRow, layout: RowLayout) -> torch.Tensor:
+        """[T, H]: the last hidden state of each token."""
+        return self._run(self.causal_lm.base_model, row, layout, "last_hidden_state")
+
+    def _logits(self, row: PackedRow, layout: RowLayout) -> torch.Tensor:
+        """[T, V]: what the whole model makes of each token."""
+        return self._run(self.causal_lm, row, layout, "logits")
+
+    def _run(self, module: nn.Module, row: PackedRow, layout: RowLayout, output: str) -> torch.Tensor:
+        if self.evaluation.form is RowForm.PACKED:
+            outputs = module(
+                input_ids=row.token_ids_T[None],
+                position_ids=row.positions_T[None],
+                use_cache=False,
+                **layout.as_kwargs(self.causal_lm.config._attn_implementation),
+            )
+            packed: torch.Tensor = getattr(outputs, output)[0]
+            return packed
+        padded_NL, inside_NL = _right_padded(row)
+        outputs = module(input_ids=padded_NL, use_cache=False)
+        padded: torch.Tensor = getattr(outputs, output)[inside_NL]
+        return padded
+
+
+def _right_padded(row: PackedRow) -> tuple[torch.Tensor, torch.Tensor]:
+    """([N, L] int64 token ids, [N, L] bool where they are real). No causal model sees what comes later."""
+    lengths_N = torch.tensor(row.lengths, device=row.device)
+    inside_NL = torch.arange(row.lengths[0], device=row.device) < lengths_N[:, None]
+    padded_NL = torch.zeros(inside_NL.shape, dtype=torch.int64, device=row.device)
+    padded_NL[inside_NL] = row.token_ids_T
+    return padded_NL, inside_NL
+
+
+def choose_evaluation(causal_lm: Any) -> Evaluation:
+    """Tries packed rows and a split head on two short sequences; falls back to what is exact.
+
+    The model is on one device, in float32, not yet sharded. Its attention is set to ours,
+    or back to its default. Raises ConfigError if it cannot be evaluated at all.
+    """
+    default = causal_lm.config._attn_implementation
+    row = _probe_row(causal_lm)
+    with torch.no_grad():
+        alone = Policy(causal_lm, Evaluation(form=RowForm.PADDED, split_head=False))._logits(
+            row, row_layout(row.lengths, row.device)
+        )
+        if not bool(torch.isfinite(alone).all()):
+            raise ConfigError(
+                "the policy's logits are not finite on a simple input; its weights are unusable"
+            )
+        form = RowForm.PACKED if _packs_exactly(causal_lm, row, alone) else RowForm.PADDED
+        if form is RowForm.PADDED:
+            causal_lm.set_attn_implementation(default)
+        split = Policy(causal_lm, Evaluation(form=form, split_head=True))
+        hidden = split._hidden(row, row_layout(row.lengths, row.device))
+        head = causal_lm.get_output_embeddings()
+        split_head = head is not None and _close(head(hidden), alone)
+    return Evaluation(form=form, split_head=split_head)
+
+
+def _packs_exactly(causal_lm: Any, row: PackedRow, alone: torch.Tensor) -> bool:
+    try:
+        causal_lm.set_attn_implementation(PACKED)
+        packed = Policy(causal_lm, Evaluation(form=RowForm.PACKED, split_head=False))
+        if _close(packed._logits(row, row_layout(row.lengths, row.device)), alone):
+            return True
+        reason = "packed sequences don't get the logits that they get alone"
+    except (AttentionUnsupported, ValueError, TypeError) as error:
+        reason = str(error)
+    name = type(causal_lm).__name__
+    _log.warning("%s is evaluated in padded batches, which is slower: %s", name, reason)
+    return False
+
+
+def _probe_row(causal_lm: Any) -> PackedRow:
+    weight = causal_lm.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    token_ids_T = torch.randint(0, weight.shape[0], (sum(_PROBE_LENGTHS),), generator=generator)
+    nothing = torch.zeros(0, dtype=torch.int64, device=weight.device)
+    return PackedRow(
+        members=(),
+        lengths=_PROBE_LENGTHS,
+        token_ids_T=token_ids_T.to(weight.device),
+        positions_T=torch.cat([torch.arange(length) for length in _PROBE_LENGTHS]).to(weight.device),
+        predictors_S=nothing,
+        targets_S=nothing,
+    )
+
+
+def _close(left: torch.Tensor, right: torch.Tensor) -> bool:
+    scale = float(right.abs().max())
+    return left.shape == right.shape and bool(((left - right).abs() <= _TOLERANCE * scale).all())

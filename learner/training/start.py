@@ -1,0 +1,118 @@
+"""One rank of a run's trainer: puts the parts together, trains, and leaves in order."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from learner.config import RunConfig
+from learner.training.checkpoint import Checkpoints
+from learner.training.coordinator import Coordinator, GrpcCoordinator, Lineage
+from learner.training.grpo import Grpo
+from learner.training.loop import CheckpointLog, Position, Skips, Training, Versions
+from learner.training.model import load_policy
+from learner.training.optimizer import learning_rate, make_optimizer
+from learner.training.orders import Orders, StopFlag
+from learner.training.parallel import Ranks, open_ranks, place
+from learner.training.publish import Publisher, WeightSink
+from learner.training.stopping import StopOnSignal
+from learner.training.updater import Updater
+from penstock import config as configuration
+from penstock import log
+from penstock.weights.segment import SegmentRing
+
+_log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str]) -> int:
+    """`python -m learner.training RUN_DIR --coordinator HOST:PORT`. Raises PenstockError."""
+    arguments = _parse(argv)
+    stop = StopOnSignal()
+    stop.listen()
+    log.configure()
+    config = configuration.load(
+        RunConfig, [str(arguments.run_dir / "config.toml")], prog="penstock learner", description="A run."
+    )
+    with ExitStack() as stack:
+        ranks = open_ranks(config.training.device, config.training.precision)
+        stack.callback(ranks.close)
+        coordinator = GrpcCoordinator(arguments.coordinator, stopping=stop.is_set)
+        stack.callback(coordinator.close)
+        train(config, ranks, coordinator, stop, stack)
+    stop.finished()
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m learner.training", description="One rank of a run's trainer."
+    )
+    parser.add_argument("run_dir", type=Path, help="the run's folder, with its config.toml")
+    parser.add_argument(
+        "--coordinator", required=True, metavar="HOST:PORT", help="where TrainerService listens"
+    )
+    return parser.parse_args(argv)
+
+
+def train(
+    config: RunConfig, ranks: Ranks, coordinator: Coordinator, stop: StopFlag, stack: ExitStack
+) -> Position:
+    """Resumes from the newest checkpoint and trains. Returns where it ended."""
+    updater = make_updater(config, ranks)
+    checkpoints = CheckpointLog(
+        Checkpoints(config.run_dir / "checkpoints", updater, keep=config.training.checkpoint.keep),
+        coordinator,
+        ranks,
+        every_steps=config.training.checkpoint.every_steps,
+    )
+    step = checkpoints.resume()
+    lineage = coordinator.open_lineage(step) if ranks.is_first else Lineage(run_id="", epoch=0)
+    position = Position(epoch=int(ranks.maximum(torch.tensor([lineage.epoch]))), step=step)
+    sink = _open_sink(lineage, stack) if ranks.is_first else None
+    publisher = Publisher(updater.policy, ranks, sink, config.training.precision)
+    num_steps = config.schedule.num_steps
+    training = Training(
+        num_steps=num_steps,
+        position=position,
+        learning_rate=lambda at: learning_rate(config.training.optimizer, step=at, num_steps=num_steps),
+        algorithm=Grpo(updater, config.training.algorithm, seed=config.seed),
+        orders=Orders(coordinator, ranks, position, stop),
+        versions=Versions(publisher, coordinator, ranks, config.run_dir / "metrics.jsonl"),
+        checkpoints=checkpoints,
+        skips=Skips(coordinator, ranks),
+    )
+    _log.info(
+        "training from version %s to step %d on %d rank(s)", position.version, num_steps, ranks.world_size
+    )
+    if training.run() and ranks.is_first:
+        coordinator.finish_run(epoch=position.epoch, step=position.step)
+    return position
+
+
+def make_updater(config: RunConfig, ranks: Ranks) -> Updater:
+    """Loads the run's initial policy onto the ranks, with its optimiser. Raises ConfigError."""
+    training = config.training
+    torch.manual_seed(config.seed + ranks.rank)
+    policy = load_policy(config.policy, activation_checkpointing=training.activation_checkpointing)
+    place(policy, ranks, training.precision)
+    return Updater(
+        policy,
+        make_optimizer(policy, training.optimizer),
+        ranks,
+        row_tokens=training.row_tokens,
+        max_grad_norm=training.optimizer.max_grad_norm,
+        temperature=config.sampling.temperature,
+    )
+
+
+def _open_sink(lineage: Lineage, stack: ExitStack) -> WeightSink:
+    name = re.sub(r"[^A-Za-z0-9_-]", "-", lineage.run_id)[:48]
+    ring = SegmentRing(name_prefix=f"penstock-{name}")
+    stack.callback(ring.close)
+    return ring

@@ -1,0 +1,133 @@
+"""From sequences and an objective to one optimiser update, over rows and ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from learner.algorithms.sums import Sums, add_sums
+from learner.training.optimizer import clip_gradients
+from learner.training.packing import PackedRow, TokenSequence, pack, plan_rows
+from learner.training.parallel import Ranks, local
+from learner.training.policy import Policy, TokenScores
+
+Objective = Callable[[PackedRow, TokenScores], tuple[torch.Tensor, Sums]]
+"""A row's share of the update's loss, and its sums. Rows of a rank are added, ranks too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateReport:
+    loss: float
+    grad_norm: float
+    """Before clipping."""
+    sums: Mapping[str, float]
+    """Over all rows of all ranks."""
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+class Updater:
+    """Owns the optimiser. Every rank calls the same methods with the same sequences."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        ranks: Ranks,
+        *,
+        row_tokens: int,
+        max_grad_norm: float,
+        temperature: float = 1.0,
+    ) -> None:
+        self.policy = policy
+        self.optimizer = optimizer
+        self.ranks = ranks
+        self._row_tokens = row_tokens
+        self._max_grad_norm = max_grad_norm
+        self._temperature = temperature
+        self._hidden_size: int = policy.causal_lm.get_input_embeddings().weight.shape[1]
+
+    def update(
+        self, sequences: Sequence[TokenSequence], objective: Objective, *, learning_rate: float
+    ) -> UpdateReport:
+        """One optimiser update on all sequences. Nothing changes if loss or gradient is not finite."""
+        parts = [self._backward(row, objective) for row in self._rows(sequences)]
+        totals = self._total(add_sums(parts))
+        grad_norm = clip_gradients(self.policy, max_norm=self._max_grad_norm)
+        report = UpdateReport(loss=totals.pop("loss_sum"), grad_norm=grad_norm, sums=totals)
+        if report.is_finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return report
+
+    def score(self, sequences: Sequence[TokenSequence]) -> list[NDArray[np.float32]]:
+        """Log-probabilities of each sequence's sampled tokens under the policy as it is: [S] float32 each."""
+        ends = np.cumsum([sequence.num_sampled for sequence in sequences])
+        starts = ends - [sequence.num_sampled for sequence in sequences]
+        scores = torch.zeros(int(ends[-1]), dtype=torch.float32, device=self.ranks.device)
+        with torch.no_grad():
+            for row in self._rows(sequences):
+                logprobs_S = self.policy(row, temperature=self._temperature).logprobs_S
+                where = [np.arange(starts[member], ends[member]) for member in row.members]
+                if where:
+                    scores[torch.from_numpy(np.concatenate(where)).to(row.device)] = logprobs_S
+        flat = self.ranks.sum(scores).cpu().numpy()
+        return [flat[start:end] for start, end in zip(starts, ends, strict=True)]
+
+    def _rows(self, sequences: Sequence[TokenSequence]) -> list[PackedRow]:
+        plan = plan_rows(
+            [sequence.num_tokens for sequence in sequences],
+            row_tokens=self._row_tokens,
+            num_ranks=self.ranks.world_size,
+            hidden_size=self._hidden_size,
+        )
+        return [pack(sequences, members, self.ranks.device) for members in plan[self.ranks.rank]]
+
+    def _backward(self, row: PackedRow, objective: Objective) -> Sums:
+        loss, sums = objective(row, self.policy(row, temperature=self._temperature))
+        # FSDP averages gradients over ranks; the loss's normaliser is global already.
+        torch.autograd.backward(loss * self.ranks.world_size)
+        return {**sums, "loss_sum": loss}
+
+    def _total(self, sums: Sums) -> dict[str, float]:
+        added = sorted(name for name in sums if not name.endswith("_max"))
+        largest = sorted(name for name in sums if name.endswith("_max"))
+        totals = dict(zip(added, self.ranks.sum(_vector(sums, added)).tolist(), strict=True))
+        return totals | dict(zip(largest, self.ranks.maximum(_vector(sums, largest)).tolist(), strict=True))
+
+
+def _vector(sums: Sums, names: Sequence[str]) -> torch.Tensor:
+    return torch.stack([sums[name].double() for name in names]) if names else torch.zeros(0)
+
+
+class Snapshot:
+    """Weights and optimiser state on the CPU, to go back to when a later part of a step fails."""
+
+    def __init__(self, updater: Updater) -> None:
+        self._updater = updater
+        self._parameters = [local(p.detach()).cpu().clone() for p in updater.policy.parameters()]
+        self._state: dict[Any, dict[str, torch.Tensor]] = {
+            parameter: {name: local(value).cpu().clone() for name, value in state.items()}
+            for parameter, state in updater.optimizer.state.items()
+        }
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for parameter, weights in zip(self._updater.policy.parameters(), self._parameters, strict=True):
+                local(parameter.detach()).copy_(weights)
+        state = self._updater.optimizer.state
+        for key in list(state):
+            for name, value in self._state.get(key, {}).items():
+                local(state[key][name]).copy_(value)
+            if key not in self._state:
+                del state[key]
