@@ -1,7 +1,7 @@
 """The trainer's ranks: who they are, what they agree on, and how they share the policy.
 
 One rank alone needs no process group. Several meet through a file (RENDEZVOUS_VARIABLE,
-whose path `launch.py` sets) and talk over the loopback interface, so that nothing listens beyond
+whose path `agent.py` sets) and talk over the loopback interface, so that nothing listens beyond
 127.0.0.1.
 """
 
@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from learner.training.command import RENDEZVOUS_VARIABLE
+from learner.training.launch import RENDEZVOUS_VARIABLE
 from learner.training.config import Device, Precision
 from learner.training.policy import Policy
 from penstock.errors import ConfigError
