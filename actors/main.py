@@ -1,0 +1,183 @@
+"""`penstock actor`: generates for a learner, until it is stopped or the run is finished."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import uvloop
+from transformers import AutoTokenizer
+
+from actors.engines.base import Engine
+from actors.engines.torch import TorchEngine
+from actors.install import Installer
+from actors.operator_service import SERVICE, ActorOperatorService
+from actors.render import Renderer
+from actors.rollout import Player
+from actors.service import Actor
+from actors.session import Identity, Session
+from actors.uplink import Uplink
+from environments.client import EnvironmentClient
+from penstock import PROTOCOL, config, log, rpc
+from penstock.errors import ConfigError
+from penstock.policy_files import write_policy_files
+from penstock.rpc import to_seconds
+from penstock.signals import Stop
+from penstock.v1 import actor_pb2_grpc
+from penstock.v1 import coordinator_pb2 as pb
+from penstock.weights.fetch import WeightFetcher
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorConfig:
+    learner: str = "127.0.0.1:7070"
+    """HOST:PORT of the learner. All else comes with the join."""
+    name: str = ""
+    """Unique in the run; empty makes one from the host's name."""
+    engine: Literal["torch"] = "torch"
+    num_slots: int = 32
+    """Sequences decoded at once."""
+    max_context: int | None = None
+    """Tokens that prompt and completion may hold together; by default the policy's own limit."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes cuda if there is one."""
+    bind: str = "127.0.0.1:0"
+    """Where this actor answers operators; port 0 takes a free one."""
+    insecure: bool = False
+    """Allow a `bind` beyond loopback although nothing authenticates who connects."""
+    connect_seconds: float = 60.0
+    """How long to try to reach the learner before giving up."""
+    patience_seconds: float = 600.0
+    """How long the learner may be away in mid-run before giving up."""
+    spool_bytes: int = 256 * 1024 * 1024
+    """Finished work kept while the learner is away. Rollouts wait when it is full."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_slots", "connect_seconds", "patience_seconds", "spool_bytes"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected more than 0")
+
+
+def main(argv: Sequence[str]) -> int:
+    log.configure()
+    settings = config.load(ActorConfig, argv, prog="penstock actor", description=__doc__ or "")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads())
+    uvloop.run(_run(settings))
+    return 0
+
+
+async def _run(settings: ActorConfig) -> None:
+    stop = Stop()
+    stop.on_signals()
+    name = settings.name or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
+    operators = ActorOperatorService(name, stop)
+    async with contextlib.AsyncExitStack() as stack:
+        address = await stack.enter_async_context(_served(operators, settings))
+        actor = await _join(settings, name, address, stop, stack)
+        operators.actor = actor
+        print(f"actor {name} joined {settings.learner}", flush=True)  # noqa: T201
+        await actor.run()
+    _log.info("left: %s", stop.reason)
+
+
+async def _join(
+    settings: ActorConfig, name: str, address: str, stop: Stop, stack: contextlib.AsyncExitStack
+) -> Actor:
+    """Joins the learner and makes everything that its answer asks for."""
+    device = choose_device(settings.device)
+    identity = Identity(
+        actor_id=name,
+        engine=settings.engine,
+        num_slots=settings.num_slots,
+        address=address,
+        hostname=socket.gethostname(),
+        pid=os.getpid(),
+        device=device,
+    )
+    actor: Actor | None = None
+    session = Session(
+        settings.learner,
+        identity,
+        stop,
+        protocol=PROTOCOL,
+        patience_seconds=settings.patience_seconds,
+        held_leases=lambda: actor.held_leases() if actor else [],
+    )
+    stack.push_async_callback(session.close)
+    welcome = await session.join(connect_seconds=settings.connect_seconds)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="penstock-policy-")))
+    write_policy_files(folder, welcome.policy_files, await session.policy_files())
+    engine = TorchEngine(
+        folder, num_slots=settings.num_slots, max_context=settings.max_context, device=device
+    )
+    stack.push_async_callback(engine.stop)
+    fetcher = WeightFetcher()
+    stack.callback(fetcher.close)
+    players = await _players(welcome, engine, folder, stack)
+    await engine.start()
+    actor = Actor(
+        session=session,
+        engine=engine,
+        installer=Installer(engine, fetcher),
+        uplink=Uplink(session, welcome.credits, max_bytes=settings.spool_bytes),
+        players=players,
+        run_id=welcome.run_id,
+        heartbeat_seconds=to_seconds(welcome.heartbeat_interval),
+        stop=stop,
+    )
+    return actor
+
+
+async def _players(
+    welcome: pb.JoinResponse, engine: Engine, folder: Path, stack: contextlib.AsyncExitStack
+) -> dict[str, Player]:
+    renderer = Renderer(AutoTokenizer.from_pretrained(folder))
+    truncation = welcome.truncation_reward if welcome.HasField("truncation_reward") else None
+    players = {}
+    for endpoint in welcome.environments:
+        client = await stack.enter_async_context(
+            EnvironmentClient(
+                endpoint.address,
+                reset_timeout_seconds=to_seconds(welcome.reset_timeout),
+                step_timeout_seconds=to_seconds(welcome.step_timeout),
+            )
+        )
+        players[endpoint.name] = Player(engine, renderer, client, truncation_reward=truncation)
+    return players
+
+
+@contextlib.asynccontextmanager
+async def _served(operators: ActorOperatorService, settings: ActorConfig) -> AsyncIterator[str]:
+    """Serves operators; yields the address."""
+    server = rpc.server()
+    actor_pb2_grpc.add_ActorServiceServicer_to_server(operators, server)
+    rpc.add_standard_services(server, (SERVICE,))
+    port = rpc.bind(server, settings.bind, insecure=settings.insecure)
+    await server.start()
+    try:
+        yield f"{rpc.split_address(settings.bind)[0]}:{port}"
+    finally:
+        await server.stop(grace=0.5)
+
+
+def choose_device(wanted: str) -> str:
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {wanted!r}; expected cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is {wanted!r}, but this process sees no CUDA device")
+    return wanted

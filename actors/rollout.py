@@ -1,0 +1,220 @@
+"""Plays one lease: an episode of an environment, driven by an engine.
+
+    first observation -> turn -> step -> observation -> turn -> ... -> reward
+
+Environment text enters the tokens once, with loss mask 0; what the policy sampled
+enters as the ids it sampled, each with its log-probability and version.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from actors.engines.base import Engine, GenerationRequest, StopReason
+from actors.render import Renderer
+from environments.base import Description, StepResult
+from environments.client import EnvironmentClient, Episode
+from penstock.errors import EngineFault, EnvironmentFault, FaultKind
+from penstock.trajectory import (
+    FinishReason,
+    Lease,
+    PolicyVersion,
+    Reward,
+    RewardStatus,
+    TokenIds,
+    Trajectory,
+    run_length,
+)
+
+_MAX_TURNS = 1000
+
+
+@dataclass(slots=True)
+class Progress:
+    """Totals of a running rollout; the learner extends its lease when they grow."""
+
+    num_tokens: int = 0
+    num_turns: int = 0
+
+
+@dataclass(slots=True)
+class _Tokens:
+    """The trajectory's arrays, as they grow."""
+
+    ids: list[int] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[PolicyVersion] = field(default_factory=list)
+
+    def observe(self, token_ids: TokenIds) -> None:
+        self.ids += token_ids.tolist()
+        self.mask += [0] * len(token_ids)
+        self.logprobs += [0.0] * len(token_ids)
+
+    def sample(self, token_ids: tuple[int, ...], logprobs: tuple[float, ...], version: PolicyVersion) -> None:
+        self.ids += token_ids
+        self.mask += [1] * len(token_ids)
+        self.logprobs += logprobs
+        self.versions += [version] * len(token_ids)
+
+    @property
+    def num_sampled(self) -> int:
+        return len(self.versions)
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    token_ids: list[int]
+    stopped: bool
+    """The policy ended the turn itself."""
+
+
+class Player:
+    """Plays leases of one environment on one engine."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        renderer: Renderer,
+        client: EnvironmentClient,
+        *,
+        truncation_reward: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine = engine
+        self._renderer = renderer
+        self._client = client
+        self._truncation_reward = truncation_reward
+        self._clock = clock
+        self._description: Description | None = None
+
+    async def play(self, lease: Lease, session_id: str, progress: Progress) -> Trajectory:
+        """Plays to the reward. Raises EnvironmentFault, EngineFault."""
+        if self._description is None:
+            self._description = await self._client.describe()
+        try:
+            return await _Rollout(self, self._description, lease, progress).play(session_id)
+        except EnvironmentFault:
+            # The server may come back as another version of itself.
+            self._description = None
+            raise
+
+
+class _Rollout:
+    """The state of one episode."""
+
+    def __init__(self, player: Player, description: Description, lease: Lease, progress: Progress) -> None:
+        self._player = player
+        self._description = description
+        self._lease = lease
+        self._progress = progress
+        self._tokens = _Tokens()
+        self._generation_seconds = 0.0
+        self._environment_seconds = 0.0
+
+    async def play(self, session_id: str) -> Trajectory:
+        player, lease = self._player, self._lease
+        began = player._clock()
+        async with player._client.session(
+            session_id=session_id, fence=lease.attempt + 1, task=lease.task
+        ) as episode:
+            self._environment_seconds += player._clock() - began
+            self._tokens.observe(player._renderer.first(episode.messages))
+            while True:
+                turn = await self._generate(episode)
+                result = await self._step(episode, turn)
+                if result.done or not self._has_room():
+                    break
+                following = player._renderer.following(result.messages, stopped=turn.stopped)
+                self._tokens.observe(following)
+                if not self._has_room():
+                    break
+            return self._trajectory(episode, turn, result)
+
+    async def _generate(self, episode: Episode) -> _Turn:
+        """Samples one turn. Renews the environment's session while that takes long."""
+        player = self._player
+        began = renewed = player._clock()
+        request = GenerationRequest(
+            request_id=f"{self._lease.lease_id}/{self._progress.num_turns}",
+            prompt_ids=np.asarray(self._tokens.ids, dtype=np.int32),
+            sampling=replace(self._lease.sampling, max_tokens=self._room()),
+        )
+        token_ids: list[int] = []
+        reason: StopReason | None = None
+        async for chunk in player._engine.generate(request):
+            self._tokens.sample(chunk.token_ids, chunk.logprobs, chunk.version)
+            token_ids += chunk.token_ids
+            reason = chunk.stop_reason
+            self._progress.num_tokens = self._tokens.num_sampled
+            if player._clock() - renewed > self._description.session_ttl_seconds / 3:
+                renewed = player._clock()
+                await episode.renew()
+        if reason not in (StopReason.STOP, StopReason.LENGTH):
+            raise EngineFault(f"generation ended with {reason or 'nothing'}; expected stop or length")
+        self._progress.num_turns += 1
+        self._generation_seconds += player._clock() - began
+        return _Turn(token_ids, reason is StopReason.STOP)
+
+    async def _step(self, episode: Episode, turn: _Turn) -> StepResult:
+        player = self._player
+        limit = self._description.max_turns or _MAX_TURNS
+        began = player._clock()
+        result = await episode.step(player._renderer.text(turn.token_ids))
+        self._environment_seconds += player._clock() - began
+        if not result.done and self._progress.num_turns >= limit:
+            raise EnvironmentFault(
+                f"{self._description.name} is not done after {limit} turns; expected at most max_turns",
+                kind=FaultKind.DATA,
+            )
+        return result
+
+    def _room(self) -> int:
+        """Tokens that may still be sampled."""
+        of_episode = self._lease.sampling.max_tokens - self._tokens.num_sampled
+        return min(of_episode, self._player._engine.max_context - len(self._tokens.ids))
+
+    def _has_room(self) -> bool:
+        return self._room() > 0
+
+    def _trajectory(self, episode: Episode, turn: _Turn, result: StepResult) -> Trajectory:
+        tokens, description = self._tokens, self._description
+        return Trajectory(
+            trajectory_id=uuid.uuid4().hex,
+            lease_id=self._lease.lease_id,
+            token_ids=np.asarray(tokens.ids, dtype=np.int32),
+            loss_mask=np.asarray(tokens.mask, dtype=np.uint8),
+            logprobs=np.asarray(tokens.logprobs, dtype=np.float32),
+            versions=run_length(tokens.versions),
+            reward=self._reward(result),
+            finish_reason=FinishReason.DONE if turn.stopped and result.done else FinishReason.LENGTH,
+            num_turns=self._progress.num_turns,
+            task=self._lease.task,
+            environment_version=description.version,
+            environment_digest=description.digest,
+            observation_digest=episode.observation_digest,
+            metrics=result.metrics,
+            generation_seconds=self._generation_seconds,
+            environment_seconds=self._environment_seconds,
+        )
+
+    def _reward(self, result: StepResult) -> Reward:
+        """The environment's, or the configured one of a truncated episode. Raises EnvironmentFault."""
+        if result.done:
+            if result.reward.status is not RewardStatus.VALID:
+                raise EnvironmentFault(
+                    f"the reward is {result.reward.status}: {result.reward.message}", kind=FaultKind.DATA
+                )
+            return result.reward
+        if self._player._truncation_reward is not None:
+            return Reward.valid(self._player._truncation_reward)
+        raise EnvironmentFault(
+            f"the episode was cut after {self._tokens.num_sampled} sampled tokens, before its environment was "
+            "done: raise sampling.max_tokens, or set truncation_reward",
+            kind=FaultKind.DATA,
+        )

@@ -1,0 +1,281 @@
+"""One actor: one engine, many rollouts, one session with the learner.
+
+task        consumes            waits for                     woken by
+watch       directives          the learner                   a version, a revocation, a drain
+install     announced versions  an announcement               watch
+lease       free capacity       leases                        the learner, an install, a finished rollout
+rollout     one lease           engine and environment        their answers
+uplink      finished rollouts   credits, acknowledgements     rollouts, the learner
+heartbeat   progress            its interval                  the clock
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import grpc
+
+from actors.engines.base import Engine
+from actors.install import Installer
+from actors.rollout import Player, Progress
+from actors.session import Session, translate
+from actors.uplink import Uplink
+from penstock.codec import lease_from_wire, trajectory_to_wire, version_to_wire
+from penstock.errors import EngineFault, EnvironmentFault, FaultKind, PeerLost, PenstockError
+from penstock.rpc import to_duration
+from penstock.signals import Stop
+from penstock.tasks import task_group, unless_stopped
+from penstock.trajectory import Lease
+from penstock.v1 import coordinator_pb2 as pb
+
+_log = logging.getLogger(__name__)
+
+LEASE_WAIT_SECONDS = 10.0
+_FINISH_SECONDS = 3.0
+_FLUSH_SECONDS = 3.0
+
+
+@dataclass(slots=True)
+class _Running:
+    lease: Lease
+    progress: Progress
+    task: asyncio.Task[None]
+    revoked: bool = False
+
+
+class Actor:
+    """Generates until it is stopped, the run is finished, or the learner is gone for good."""
+
+    def __init__(
+        self,
+        *,
+        session: Session,
+        engine: Engine,
+        installer: Installer,
+        uplink: Uplink,
+        players: dict[str, Player],
+        run_id: str,
+        heartbeat_seconds: float,
+        stop: Stop,
+    ) -> None:
+        self.session = session
+        self.engine = engine
+        self.installer = installer
+        self.uplink = uplink
+        self._players = players
+        self._run_id = run_id
+        self._heartbeat_seconds = heartbeat_seconds
+        self._stop = stop
+        self._running: dict[str, _Running] = {}
+        self._room = asyncio.Event()
+        self.counts: Counter[str] = Counter()
+        # Some rollouts wait for their environment while others decode.
+        self._capacity = engine.num_slots + max(engine.num_slots // 4, 1)
+
+    @property
+    def num_rollouts(self) -> int:
+        return len(self._running)
+
+    @property
+    def state(self) -> str:
+        if self._stop.is_set():
+            return "draining"
+        return "fetching weights" if self.installer.installed is None else "generating"
+
+    def held_leases(self) -> list[str]:
+        return [*self._running, *self.uplink.held_leases()]
+
+    async def run(self) -> None:
+        """Raises SessionFenced, LearnerUnreachable, ProtocolError, EngineFault."""
+        async with task_group() as tasks:
+            background = [
+                tasks.create_task(work, name=name)
+                for name, work in (
+                    ("watch", self._watch()),
+                    ("install", self.installer.run()),
+                    ("uplink", self.uplink.run()),
+                    ("heartbeat", self._heartbeat()),
+                )
+            ]
+            await self._lease(tasks)
+            await self._drain()
+            for task in background:
+                task.cancel()
+
+    # -- leases -------------------------------------------------------------------------
+
+    async def _lease(self, tasks: asyncio.TaskGroup) -> None:
+        """Keeps rollouts running, as many as there is room for, until the stop."""
+        while not self._stop.is_set():
+            change = self.installer.installed_event
+            free = self._capacity - len(self._running)
+            if self.installer.installed is None:
+                await self._wait(change, LEASE_WAIT_SECONDS)
+            elif free <= 0:
+                self._room.clear()
+                await self._wait(self._room, LEASE_WAIT_SECONDS)
+            else:
+                leases = await unless_stopped(self._acquire(free), self._stop, name="acquire leases")
+                for lease in leases or ():
+                    self._start(tasks, lease)
+                if not leases:
+                    await self._wait(change, 0.5)
+
+    async def _acquire(self, max_leases: int) -> list[Lease]:
+        assert self.installer.installed is not None
+        version, digest = self.installer.installed
+        request = pb.AcquireLeasesRequest(
+            max_leases=max_leases,
+            installed=version_to_wire(version),
+            installed_digest=digest,
+            wait=to_duration(LEASE_WAIT_SECONDS),
+        )
+
+        async def acquire(session_id: str) -> pb.AcquireLeasesResponse:
+            request.session_id = session_id
+            answer: pb.AcquireLeasesResponse = await self.session.stub.AcquireLeases(
+                request, timeout=LEASE_WAIT_SECONDS + 10.0
+            )
+            return answer
+
+        answer = await self.session.call(acquire)
+        if answer.reason:
+            _log.debug("no lease: %s", answer.reason)
+        return [lease_from_wire(lease) for lease in answer.leases]
+
+    async def _wait(self, event: asyncio.Event, seconds: float) -> None:
+        """Waits for an event, the stop, or `seconds`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await unless_stopped(event.wait(), self._stop, name="wait")
+
+    # -- rollouts -----------------------------------------------------------------------
+
+    def _start(self, tasks: asyncio.TaskGroup, lease: Lease) -> None:
+        progress = Progress()
+        task = tasks.create_task(self._play(lease, progress), name=f"rollout {lease.lease_id}")
+        self._running[lease.lease_id] = _Running(lease, progress, task)
+
+    async def _play(self, lease: Lease, progress: Progress) -> None:
+        """One rollout, to the item that ends its lease. A fault ends the lease, not the actor."""
+        item = pb.SubmitItem()
+        try:
+            player = self._players.get(lease.task.environment)
+            if player is None:
+                raise EnvironmentFault(
+                    f"the learner named no address for environment {lease.task.environment!r}"
+                )
+            session_id = f"{self._run_id}.{lease.group_id}.{lease.slot}"
+            trajectory = await player.play(lease, session_id, progress)
+            item.trajectory.CopyFrom(trajectory_to_wire(trajectory))
+            self.counts["finished"] += 1
+        except asyncio.CancelledError:
+            if not (self._running[lease.lease_id].revoked or self._stop.is_set()):
+                raise
+            item.release.CopyFrom(self._release(lease, pb.RELEASE_REASON_DRAINING, "the actor drains"))
+        except EnvironmentFault as fault:
+            is_data = fault.kind is FaultKind.DATA
+            reason = pb.RELEASE_REASON_DATA if is_data else pb.RELEASE_REASON_INFRASTRUCTURE
+            item.release.CopyFrom(self._release(lease, reason, str(fault)))
+        except EngineFault as fault:
+            item.release.CopyFrom(self._release(lease, pb.RELEASE_REASON_INFRASTRUCTURE, f"engine: {fault}"))
+        await self.uplink.put(item)
+        del self._running[lease.lease_id]
+        self._room.set()
+
+    def _release(self, lease: Lease, reason: pb.ReleaseReason.ValueType, message: str) -> pb.Release:
+        name = pb.ReleaseReason.Name(reason).removeprefix("RELEASE_REASON_").lower()
+        if self._running[lease.lease_id].revoked:
+            reason, name = pb.RELEASE_REASON_REVOKED, "revoked"
+        self.counts[name] += 1
+        if name not in ("revoked", "draining"):
+            _log.warning("lease %s ended by %s fault: %s", lease.lease_id, name, message)
+        return pb.Release(lease_id=lease.lease_id, reason=reason, message=message[:500])
+
+    # -- directives and heartbeats --------------------------------------------------------
+
+    async def _watch(self) -> None:
+        given_up_at = time.monotonic() + self.session.patience_seconds
+        while not self._stop.is_set():
+            session_id = self.session.session_id
+            try:
+                async for directive in self.session.stub.Watch(pb.WatchRequest(session_id=session_id)):
+                    given_up_at = time.monotonic() + self.session.patience_seconds
+                    self._obey(directive)
+                problem: PenstockError = PeerLost("the learner closed the watch stream")
+            except grpc.aio.AioRpcError as error:
+                problem = translate(error)
+            if not self._stop.is_set():
+                await self.session.recover(problem, session_id, given_up_at)
+
+    def _obey(self, directive: pb.WatchResponse) -> None:
+        match directive.WhichOneof("directive"):
+            case "version":
+                self.installer.announce(directive.version)
+            case "revoke":
+                self._revoke(directive.revoke)
+            case "drain":
+                _log.info("the learner asks to drain: %s", directive.drain.reason)
+                self._stop.set(directive.drain.reason)
+
+    def _revoke(self, revoke: pb.RevokeLeases) -> None:
+        for lease_id in revoke.lease_ids:
+            running = self._running.get(lease_id)
+            if running is not None:
+                running.revoked = True
+                running.task.cancel()
+
+    async def _heartbeat(self) -> None:
+        while True:
+            await self.session.call(self._beat)
+            await asyncio.sleep(self._heartbeat_seconds)
+
+    async def _beat(self, session_id: str) -> None:
+        installed = self.installer.installed
+        stats = self.engine.stats()
+        running = [
+            pb.LeaseProgress(
+                lease_id=lease_id, num_tokens=r.progress.num_tokens, num_turns=r.progress.num_turns
+            )
+            for lease_id, r in self._running.items()
+        ]
+        spooled = [pb.LeaseProgress(lease_id=lease_id) for lease_id in self.uplink.held_leases()]
+        await self.session.stub.Heartbeat(
+            pb.HeartbeatRequest(
+                session_id=session_id,
+                installed=None if installed is None else version_to_wire(installed[0]),
+                progress=[*running, *spooled],
+                stats=pb.EngineStats(
+                    num_running=stats.num_running,
+                    num_waiting=stats.num_waiting,
+                    num_tokens=stats.num_tokens,
+                    tokens_per_second=stats.tokens_per_second,
+                    num_installs=stats.num_installs,
+                    max_install_seconds=stats.max_install_seconds,
+                ),
+                num_unacknowledged=self.uplink.num_unacknowledged,
+            ),
+            timeout=10.0,
+        )
+
+    # -- leaving ------------------------------------------------------------------------
+
+    async def _drain(self) -> None:
+        """Finishes what ends soon, returns the rest, and says goodbye: under 10 s in all."""
+        tasks = [running.task for running in self._running.values()]
+        _log.info("draining: %d rollouts running", len(tasks))
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=_FINISH_SECONDS)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late, timeout=_FINISH_SECONDS)
+        if not await self.uplink.flush(_FLUSH_SECONDS):
+            _log.warning("%d items were not acknowledged and are lost", self.uplink.num_unacknowledged)
+        await self.uplink.close()
+        await self.session.leave(self._stop.reason)

@@ -1,0 +1,175 @@
+"""Sends what rollouts made to the learner, and keeps it until it is acknowledged.
+
+The spool is bounded in bytes: a rollout that ends while it is full waits. Items are
+numbered 1, 2, 3, ... within a session; after a new session the unacknowledged ones are
+numbered afresh, and the trajectories' own ids make sending them again harmless.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator
+
+import grpc
+
+from actors.session import Session, translate
+from penstock.errors import PeerLost, PenstockError
+from penstock.v1 import coordinator_pb2 as pb
+
+_log = logging.getLogger(__name__)
+
+_ITEMS_PER_MESSAGE = 32
+_BYTES_PER_MESSAGE = 4 * 1024 * 1024
+_ACK_SECONDS = 30.0
+
+_Call = grpc.aio.StreamStreamCall[pb.SubmitRequest, pb.SubmitResponse]
+
+
+class Uplink:
+    """A bounded spool, and the stream that empties it."""
+
+    def __init__(self, session: Session, granted: pb.Credits, *, max_bytes: int) -> None:
+        self._session = session
+        self._credits = granted
+        self._max_bytes = max_bytes
+        self._items: deque[pb.SubmitItem] = deque()
+        self._num_bytes = 0
+        self._acknowledged = 0
+        self._sent = 0
+        self._numbered_for = ""
+        self._closing = False
+        self._changed = asyncio.Condition()
+        self.verdicts: Counter[str] = Counter()
+
+    @property
+    def num_unacknowledged(self) -> int:
+        return len(self._items)
+
+    def held_leases(self) -> list[str]:
+        """Leases whose items are not acknowledged yet."""
+        return [_lease_id(item) for item in self._items]
+
+    async def put(self, item: pb.SubmitItem) -> None:
+        """Spools an item. Waits while the spool is full; the session's patience bounds that wait."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._num_bytes < self._max_bytes)
+            self._items.append(item)
+            self._num_bytes += item.ByteSize()
+            self._changed.notify_all()
+
+    async def flush(self, seconds: float) -> bool:
+        """Waits until everything is acknowledged; False if that took longer than `seconds`."""
+        try:
+            async with asyncio.timeout(seconds), self._changed:
+                await self._changed.wait_for(lambda: not self._items)
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Lets `run` end, once what is spooled is sent and acknowledged."""
+        async with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+
+    async def run(self) -> None:
+        """Streams until closed. Raises SessionFenced, LearnerUnreachable, ProtocolError."""
+        patience = self._session.patience_seconds
+        given_up_at = time.monotonic() + patience
+        while True:
+            session_id, acknowledged = self._session.session_id, self._acknowledged
+            try:
+                await self._stream(session_id)
+                problem: PenstockError = PeerLost("the learner closed the stream")
+            except grpc.aio.AioRpcError as error:
+                problem = translate(error)
+            except PeerLost as lost:
+                problem = lost
+            if self._closing and not self._items:
+                return
+            if self._acknowledged != acknowledged:
+                given_up_at = time.monotonic() + patience
+            _log.info("uplink: %s; sending again what is unacknowledged", problem)
+            await self._session.recover(problem, session_id, given_up_at)
+
+    async def _stream(self, session_id: str) -> None:
+        """One stream, from the first unacknowledged item on. Returns when the learner ends it."""
+        if session_id != self._numbered_for:
+            self._numbered_for, self._acknowledged = session_id, 0
+        self._sent = self._acknowledged
+        call: _Call = self._session.stub.Submit(self._requests(session_id))
+        try:
+            while (response := await self._read(call)) is not None:
+                await self._acknowledge(response)
+        finally:
+            call.cancel()
+
+    async def _read(self, call: _Call) -> pb.SubmitResponse | None:
+        """The next answer; None at the stream's end. Raises PeerLost if one is overdue."""
+        reading = asyncio.ensure_future(call.read())
+        while True:
+            before = self._sent
+            done, _ = await asyncio.wait([reading], timeout=_ACK_SECONDS)
+            if done:
+                answer = reading.result()
+                return answer if isinstance(answer, pb.SubmitResponse) else None
+            if before > self._acknowledged:
+                reading.cancel()
+                raise PeerLost(f"no acknowledgement for {_ACK_SECONDS:.0f} s")
+
+    async def _requests(self, session_id: str) -> AsyncIterator[pb.SubmitRequest]:
+        """Messages of unsent items, as far as the credits reach; ends when closing and all is answered."""
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._may_send() or self._is_done())
+                if self._is_done():
+                    return
+                items = self._take()
+            yield pb.SubmitRequest(session_id=session_id, items=items)
+
+    def _may_send(self) -> bool:
+        in_flight = self._sent - self._acknowledged
+        return in_flight < min(len(self._items), self._credits.num_trajectories)
+
+    def _is_done(self) -> bool:
+        return self._closing and not self._items
+
+    def _take(self) -> list[pb.SubmitItem]:
+        """The next items, numbered; at least one, then as many as credits and sizes allow."""
+        in_flight = self._sent - self._acknowledged
+        room = self._credits.num_bytes - sum(
+            item.ByteSize() for item in itertools.islice(self._items, in_flight)
+        )
+        last = min(len(self._items), self._credits.num_trajectories, in_flight + _ITEMS_PER_MESSAGE)
+        taken: list[pb.SubmitItem] = []
+        num_bytes = 0
+        for item in itertools.islice(self._items, in_flight, last):
+            num_bytes += item.ByteSize()
+            if taken and num_bytes > min(room, _BYTES_PER_MESSAGE):
+                break
+            self._sent += 1
+            item.sequence = self._sent
+            taken.append(item)
+        return taken
+
+    async def _acknowledge(self, response: pb.SubmitResponse) -> None:
+        async with self._changed:
+            while self._acknowledged < response.acknowledged and self._items:
+                self._num_bytes -= self._items.popleft().ByteSize()
+                self._acknowledged += 1
+            self._credits = response.credits
+            self._changed.notify_all()
+        for verdict in response.verdicts:
+            kind = pb.VerdictKind.Name(verdict.kind).removeprefix("VERDICT_KIND_").lower()
+            self.verdicts[kind] += 1
+            if verdict.kind == pb.VERDICT_KIND_REJECTED:
+                code = pb.RejectionCode.Name(verdict.code)
+                _log.warning("the learner rejected an item: %s: %s", code, verdict.message)
+
+
+def _lease_id(item: pb.SubmitItem) -> str:
+    return item.trajectory.lease_id if item.HasField("trajectory") else item.release.lease_id
