@@ -1,0 +1,66 @@
+# Every target makes its own .venv: Python 3.11 or newer is all that a machine needs.
+# Two stamps say what is installed, so that a second `make` installs nothing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+TO_RUN := $(VENV)/.installed-to-run
+TO_DEVELOP := $(VENV)/.installed-to-develop
+
+.PHONY: help setup quickstart test check protos bench clean
+
+help:
+	@echo "make setup                 install into $(VENV), with what checks and tests need"
+	@echo "make quickstart            train a tiny policy on this machine, and watch"
+	@echo "make quickstart ARGS=...   pass flags on; ARGS=--help lists them"
+	@echo "make test                  check, then run every test; ARGS=... goes to pytest"
+	@echo "make check                 style, types, protos, generated code"
+	@echo "make protos                generate penstock/v1 from protos/"
+	@echo "make bench                 run the benchmarks, write benchmarks/results/*.json"
+	@echo "make clean                 remove caches (not $(VENV), not runs/)"
+
+setup: $(TO_DEVELOP)
+
+quickstart: $(TO_RUN)
+	@$(BIN)/penstock quickstart $(ARGS)
+
+test: check
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(TO_DEVELOP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy tools
+	$(BIN)/buf lint protos
+	$(BIN)/python tools/protos.py --check
+
+protos: $(TO_DEVELOP)
+	$(BIN)/python tools/protos.py
+
+bench: $(TO_DEVELOP)
+	@mkdir -p benchmarks/results
+	@set -e; for script in benchmarks/*.py; do \
+		echo "== $$script"; \
+		OMP_NUM_THREADS=1 $(BIN)/python $$script --json benchmarks/results/$$(basename $$script .py).json; \
+	done
+
+clean:
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11: run make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(TO_RUN): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV): torch and transformers take a few minutes"
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(TO_DEVELOP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV): torch and transformers take a few minutes"
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $(TO_RUN) $@
