@@ -15,9 +15,9 @@ import time
 from collections.abc import Sequence
 
 import uvloop
-from environments.client import EnvironmentClient
 
 from environments.base import Description
+from environments.client import EnvironmentClient
 from learner.config import RunConfig
 from learner.coordinator.actor_service import ActorService, Welcome
 from learner.coordinator.core import Coordinator
@@ -46,6 +46,9 @@ from penstock.weights.media.zeromq import ZeromqServer
 _log = logging.getLogger(__name__)
 
 ENVIRONMENT_PATIENCE_SECONDS = 60.0
+FAREWELL_SECONDS = 3.0
+"""For how long, at least, a finished run still answers."""
+ACTORS_LEAVE_SECONDS = 10.0
 SERVICES = tuple(
     f"penstock.v1.{name}"
     for name in ("CoordinatorService", "OperatorService", "TrainerService", "WeightsService")
@@ -124,6 +127,7 @@ async def _run(
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(coordinator.tick_forever(), name="tick")
             tasks.create_task(_stop_with_parent(stop), name="watch-parent")
+            tasks.create_task(_stop_when_finished(coordinator), name="farewell")
         await server.stop(grace=2.0)
     finally:
         await asyncio.to_thread(weights_server.close)
@@ -201,6 +205,19 @@ async def _patiently(client: EnvironmentClient, address: str, stop: Stop) -> Des
             _log.info("waiting for environment %s, %.0f s more: %s", address, left, fault)
         if await stop.sleep(1.0):
             raise PenstockError(f"stopped while waiting for environment {address}")
+
+
+async def _stop_when_finished(coordinator: Coordinator) -> None:
+    """Ends the process some time after the run: once every actor has left, or soon after."""
+    stop = coordinator.stop
+    while not (coordinator.scheduler.finished or await stop.sleep(0.2)):
+        pass
+    await stop.sleep(FAREWELL_SECONDS)
+    deadline = time.monotonic() + ACTORS_LEAVE_SECONDS
+    while len(coordinator.scheduler.fleet) and time.monotonic() < deadline:
+        if await stop.sleep(0.2):
+            return
+    stop.set("the run is finished")
 
 
 async def _stop_with_parent(stop: Stop) -> None:
