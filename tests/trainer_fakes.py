@@ -124,9 +124,7 @@ class TensorSink:
 
     def write(self, version: PolicyVersion, tensors: Sequence[HostTensor]) -> Manifest:
         self.tensors = list(tensors)
-        return Manifest(
-            version=version, tensors=(), num_bytes=0, chunk_bytes=1, chunk_digests=(), digest="0"
-        )
+        return Manifest(version=version, tensors=(), num_bytes=0, chunk_bytes=1, chunk_digests=(), digest="0")
 
 
 class NeverStop:

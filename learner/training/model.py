@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ def load_policy(folder: Path, *, activation_checkpointing: bool = False) -> Poli
     """
     config = load_policy_config(folder)
     _check_weight_files(folder)
-    causal_lm = _load_weights(folder, config)
+    with without_progress_bars():
+        causal_lm = _load_weights(folder, config)
     if activation_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     causal_lm.eval()
@@ -69,8 +72,6 @@ def _check_weight_files(folder: Path) -> None:
 
 
 def _load_weights(folder: Path, config: Any) -> Any:
-    progress = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     try:
         causal_lm, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -82,9 +83,6 @@ def _load_weights(folder: Path, config: Any) -> Any:
         )
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{folder}: the weights cannot be loaded: {_first_line(error)}") from error
-    finally:
-        if progress:
-            transformers_logging.enable_progress_bar()
     _check_report(folder, report)
     return causal_lm
 
@@ -98,6 +96,18 @@ def _check_report(folder: Path, report: dict[str, Any]) -> None:
         names = sorted(str(name) for name in report.get(kind) or ())
         if names:
             raise ConfigError(f"{folder}: {len(names)} tensors {meaning}, such as {names[0]}")
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """transformers draws one for each folder that it reads or writes; ours are read by programs."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from learner.training.launch import RENDEZVOUS_VARIABLE
 from learner.training.config import Device, Precision
+from learner.training.launch import RENDEZVOUS_VARIABLE
 from learner.training.policy import Policy
 from penstock.errors import ConfigError
 
