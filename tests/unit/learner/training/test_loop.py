@@ -1,17 +1,14 @@
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 
 from learner.config import RunConfig, ScheduleConfig
 from learner.training.config import CheckpointConfig, Device, OptimizerConfig, TrainingConfig
 from learner.training.parallel import Ranks
 from learner.training.start import train
-from penstock.errors import PenstockError
 from tests.tiny_policy import write_tiny_policy
-from tests.trainer_fakes import FakeCoordinator, NeverStop, make_batch
+from tests.trainer_fakes import FakeCoordinator, NeverStop
 
 ONE_RANK = Ranks(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
 

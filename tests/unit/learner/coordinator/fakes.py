@@ -1,0 +1,121 @@
+"""A run's scheduler with a clock of its own, and well-formed trajectories to submit."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from learner.config import FleetConfig, ScheduleConfig
+from learner.coordinator.fleet import ActorInfo
+from learner.coordinator.scheduler import History, Scheduler
+from learner.coordinator.tasks import TaskOrder, TaskSource
+from learner.coordinator.validation import Limits
+from penstock.codec import trajectory_to_wire
+from penstock.trajectory import (
+    FinishReason,
+    Lease,
+    PolicyVersion,
+    Reward,
+    Sampling,
+    Trajectory,
+    VersionSpan,
+)
+from penstock.v1 import trajectory_pb2
+
+LIMITS = Limits(vocab_size=50, max_sampled_tokens=16, max_context=64)
+ENVIRONMENT = "words"
+_ids = itertools.count(1)
+
+
+class NoHistory:
+    """A ledger that knows nothing of closed groups."""
+
+    def has_trajectory(self, trajectory_id: str) -> bool:
+        return False
+
+    def find_lease(self, lease_id: str) -> tuple[int, int] | None:
+        return None
+
+
+def make_scheduler(
+    *, history: History | None = None, fleet: FleetConfig | None = None, **schedule: int
+) -> Scheduler:
+    defaults = {"num_steps": 100, "groups_per_step": 2, "group_size": 2, "max_lag": 1}
+    return Scheduler(
+        schedule=ScheduleConfig(**(defaults | schedule)),
+        fleet=fleet or FleetConfig(),
+        sampling=Sampling(max_tokens=16),
+        tasks=TaskOrder([TaskSource(environment=ENVIRONMENT, num_tasks=10)], seed=0),
+        limits=LIMITS,
+        history=history or NoHistory(),
+        wall_clock=lambda: 0.0,
+    )
+
+
+def start(scheduler: Scheduler, step: int = 0) -> PolicyVersion:
+    """Opens a lineage and publishes its first version."""
+    epoch = scheduler.open_lineage(step, [])
+    return publish(scheduler, PolicyVersion(epoch, step))
+
+
+def publish(scheduler: Scheduler, version: PolicyVersion) -> PolicyVersion:
+    scheduler.published(version, digest_of(version), b"", "{}")
+    return version
+
+
+def digest_of(version: PolicyVersion) -> str:
+    return f"digest of {version}"
+
+
+def join(scheduler: Scheduler, name: str = "a", *, now: float = 0.0, held: tuple[str, ...] = ()) -> str:
+    session_id = f"{name}#{next(_ids)}"
+    scheduler.join(session_id, ActorInfo(actor_id=name, engine="fake", num_slots=8), held, now)
+    return session_id
+
+
+def acquire(
+    scheduler: Scheduler, session_id: str, version: PolicyVersion, num: int = 100, *, now: float = 0.0
+) -> list[Lease]:
+    return scheduler.acquire(session_id, version, digest_of(version), num, now)[0]
+
+
+def make_trajectory(lease: Lease, version: PolicyVersion, **changes: object) -> Trajectory:
+    """Two prompt tokens and three sampled ones."""
+    fields: dict[str, object] = {
+        "trajectory_id": f"{next(_ids):032x}",
+        "lease_id": lease.lease_id,
+        "token_ids": np.array([1, 2, 3, 4, 5], dtype=np.int32),
+        "loss_mask": np.array([0, 0, 1, 1, 1], dtype=np.uint8),
+        "logprobs": np.array([0, 0, -0.5, -1.0, 0.0], dtype=np.float32),
+        "versions": (VersionSpan(version, 3),),
+        "reward": Reward.valid(1.0),
+        "finish_reason": FinishReason.DONE,
+        "num_turns": 1,
+        "task": lease.task,
+        "environment_version": "1",
+        "environment_digest": "ab",
+        "observation_digest": f"observation of {lease.task}",
+    }
+    return Trajectory(**(fields | changes))  # type: ignore[arg-type]
+
+
+def make_message(lease: Lease, version: PolicyVersion, **changes: object) -> trajectory_pb2.Trajectory:
+    return trajectory_to_wire(make_trajectory(lease, version, **changes))
+
+
+class Submitter:
+    """Numbers a session's items."""
+
+    def __init__(self, scheduler: Scheduler, session_id: str) -> None:
+        self.scheduler = scheduler
+        self.session_id = session_id
+        self.sequence = 0
+
+    def __call__(self, message: trajectory_pb2.Trajectory, *, now: float = 0.0):  # type: ignore[no-untyped-def]
+        self.sequence += 1
+        return self.scheduler.submit(self.session_id, self.sequence, message, now)
+
+    def release(self, lease: Lease, outcome, message: str = "", *, now: float = 0.0) -> None:  # type: ignore[no-untyped-def]
+        self.sequence += 1
+        self.scheduler.release(self.session_id, self.sequence, lease.lease_id, outcome, message, now)
