@@ -1,8 +1,11 @@
 """What an environment is, in Python.
 
-An `Environment` plays one episode at a time: `reset` with a task, then `step` with
-what the policy wrote, until a step says `done`. It runs in a worker process of its
-own, so it may block, and it may be killed at a deadline.
+There are two forms. An `Environment` plays one episode at a time: `reset` with a task,
+then `step` with what the policy wrote, until a step says `done`; it keeps a worker
+process to itself for the life of a session. A `SingleTurnEnvironment` is a question and
+a scorer without memory: any worker may score any answer, so a few of them serve
+thousands of sessions. Both run in worker processes, so they may block, and they may be
+killed at a deadline.
 
 Whatever the policy does wrong is an observation or a reward. Whatever the environment
 does wrong is an exception: EnvironmentFault(kind=DATA) if the task itself is broken,
@@ -15,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from penstock.errors import ConfigError
 from penstock.trajectory import NOT_YET, Reward, Task
 
 
@@ -41,6 +45,24 @@ class Description:
     max_sessions: int = 0
     """Sessions that may be open at once; 0 when unbounded."""
 
+    def __post_init__(self) -> None:
+        if not self.name or not self.version:
+            raise ConfigError(
+                f"an environment's name is {self.name!r} and its version {self.version!r}; expected text"
+            )
+        if not self.digest or set(self.digest) - set("0123456789abcdef"):
+            raise ConfigError(
+                f"the digest of {self.name} is {self.digest!r}; expected lower-case hexadecimal digits"
+            )
+        if not self.splits or set(self.splits) - {"train", "eval"}:
+            raise ConfigError(
+                f'{self.name} has the splits {sorted(self.splits)}; expected "train", "eval" or both'
+            )
+        if min(self.splits.values()) < 0 or self.max_turns < 0 or self.max_sessions < 0:
+            raise ConfigError(f"{self.name} counts tasks, turns or sessions below 0; 0 stands for unbounded")
+        if not 0.1 <= self.session_ttl_seconds <= 86_400:
+            raise ConfigError(f"session_ttl_seconds is {self.session_ttl_seconds}; expected 0.1 to 86400")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
@@ -53,7 +75,7 @@ class StepResult:
 
 
 class Environment(Protocol):
-    """Plays one episode at a time."""
+    """Plays one episode at a time, and is used again for the next."""
 
     def describe(self) -> Description: ...
 
@@ -67,4 +89,18 @@ class Environment(Protocol):
 
     def close(self) -> None:
         """Frees what the episode holds."""
+        ...
+
+
+class SingleTurnEnvironment(Protocol):
+    """A question and a scorer. Nothing is kept between calls; `max_turns` is 1."""
+
+    def describe(self) -> Description: ...
+
+    def prompt(self, task: Task) -> tuple[Message, ...]:
+        """The task's question: equal for equal tasks, in every process. Raises EnvironmentFault."""
+        ...
+
+    def score(self, task: Task, action: str) -> StepResult:
+        """Judges an answer; the result is `done`. Raises EnvironmentFault."""
         ...
