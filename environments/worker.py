@@ -1,0 +1,149 @@
+"""The process that runs an environment's code: one call at a time, under limits.
+
+`python -P -m environments.worker FD` reads frames from the inherited socket FD:
+
+    start     what to load, and the limits     -> its description
+    prompt, score                              of a SingleTurnEnvironment
+    reset, step, close                         of an Environment
+
+Each answer is {"ok": ...} or {"fault": {"kind", "message"}}. Whatever takes too long is
+ended from outside, with SIGKILL.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from environments import frames
+from environments.base import Environment, SingleTurnEnvironment
+from environments.frames import Json
+from environments.loading import is_single_turn, load
+from penstock.errors import ConfigError, EnvironmentFault, FaultKind
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Worker:
+    """Holds the environment, and answers calls on it."""
+
+    def __init__(self, start: Json) -> None:
+        self._target: str = start["target"]
+        self._options: Mapping[str, Any] = start["options"]
+        self._environment: Environment | SingleTurnEnvironment | None = load(self._target, self._options)
+        self._single_turn = is_single_turn(self._environment)
+        self._calls: dict[str, Callable[[Json], object]] = (
+            {"prompt": self._prompt, "score": self._score}
+            if self._single_turn
+            else {"reset": self._reset, "step": self._step, "close": self._close}
+        )
+
+    def describe(self) -> Json:
+        assert self._environment is not None
+        description = frames.description_to_json(self._environment.describe())
+        return {"ok": {"description": description, "single_turn": self._single_turn}}
+
+    def answer(self, request: Json) -> Json:
+        """An exception costs a stepped environment its object: the next reset builds another."""
+        call: str = request["call"]
+        try:
+            _limit_processor(request["seconds"])
+            reply: Json = {"ok": self._calls[call](request)}
+            frames.encode(reply)
+            return reply
+        except EnvironmentFault as fault:
+            failure = _fault(fault.kind, str(fault))
+        except Exception as error:  # noqa: BLE001  the boundary to code that nobody vouches for
+            traceback.print_exc()
+            failure = _fault(
+                FaultKind.INFRASTRUCTURE, f"{self._target}, in {call}: {type(error).__name__}: {error}"
+            )
+        if not self._single_turn:
+            self._environment = None
+        return failure
+
+    def _prompt(self, request: Json) -> object:
+        environment = cast(SingleTurnEnvironment, self._environment)
+        return frames.messages_to_json(environment.prompt(frames.task_from_json(request["task"])))
+
+    def _score(self, request: Json) -> object:
+        environment = cast(SingleTurnEnvironment, self._environment)
+        task = frames.task_from_json(request["task"])
+        return frames.result_to_json(environment.score(task, request["action"]))
+
+    def _reset(self, request: Json) -> object:
+        if self._environment is None:
+            self._environment = load(self._target, self._options)
+        environment = cast(Environment, self._environment)
+        return frames.messages_to_json(environment.reset(frames.task_from_json(request["task"])))
+
+    def _step(self, request: Json) -> object:
+        return frames.result_to_json(cast(Environment, self._environment).step(request["action"]))
+
+    def _close(self, request: Json) -> object:
+        if self._environment is not None:
+            cast(Environment, self._environment).close()
+        return None
+
+
+def main(file_descriptor: int) -> None:
+    channel = socket.socket(fileno=file_descriptor)
+    channel.set_inheritable(False)
+    _die_with_parent()
+    start = frames.receive_frame(channel)
+    if start is None:
+        return
+    _limit_resources(start["limits"])
+    sys.path.insert(0, start["folder"])
+    try:
+        worker = Worker(start)
+        description = worker.describe()
+    except ConfigError as error:
+        channel.sendall(frames.encode(_fault("config", str(error))))
+        return
+    channel.sendall(frames.encode(description))
+    while (request := frames.receive_frame(channel)) is not None:
+        channel.sendall(frames.encode(worker.answer(request)))
+
+
+def _fault(kind: str, message: str) -> Json:
+    return {"fault": {"kind": str(kind), "message": message[:2000].encode(errors="replace").decode()}}
+
+
+def _limit_resources(limits: Json) -> None:
+    """Memory, open files, no core dumps. Processor time is limited call by call."""
+    _limit(resource.RLIMIT_DATA, limits["memory_bytes"])
+    _limit(resource.RLIMIT_NOFILE, limits["num_files"])
+    _limit(resource.RLIMIT_CORE, 0)
+
+
+def _limit(which: int, value: int) -> None:
+    _, hard = resource.getrlimit(which)
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(which, (value, value))
+
+
+def _limit_processor(seconds: float) -> None:
+    """Should nobody be left to end this call, the kernel does."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    limit = int(used.ru_utime + used.ru_stime + seconds) + 2
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
+    )
+
+
+def _die_with_parent() -> None:
+    """A killed server leaves no worker behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
