@@ -1,0 +1,192 @@
+"""How an actor plays an environment: describe, and episodes.
+
+    async with EnvironmentClient("127.0.0.1:7081") as client:
+        async with client.session(session_id=lease_id, fence=attempt, task=task) as episode:
+            result = await episode.step(policy_writes(episode.messages))
+
+Every call has a deadline. Whatever goes wrong, from a refused connection to a reply that
+is not whole, is an EnvironmentFault with its kind before anything else sees it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
+
+import grpc
+
+from environments import wire
+from environments.base import Description, Message, StepResult
+from penstock import rpc
+from penstock.codec import task_to_wire
+from penstock.errors import EnvironmentFault, FaultKind, ProtocolError
+from penstock.trajectory import RewardStatus, Task
+from penstock.v1 import environment_pb2 as pb
+from penstock.v1.environment_pb2_grpc import EnvironmentServiceStub
+
+_log = logging.getLogger(__name__)
+
+FAULT_KEY = "penstock-fault"
+_CLOSE_SECONDS = 5.0
+_MAX_RETRIES = 3
+_FIRST_PAUSE_SECONDS = 0.1
+_MAX_PAUSE_SECONDS = 2.0
+
+RequestT = TypeVar("RequestT", contravariant=True)
+ResponseT = TypeVar("ResponseT")
+ResponseT_co = TypeVar("ResponseT_co", covariant=True)
+
+
+class _Method(Protocol[RequestT, ResponseT_co]):
+    def __call__(self, request: RequestT, /, *, timeout: float) -> Awaitable[ResponseT_co]: ...
+
+
+class EnvironmentClient:
+    """One environment server, from one event loop. Sessions may be many at once."""
+
+    def __init__(
+        self, address: str, *, reset_timeout_seconds: float = 30.0, step_timeout_seconds: float = 60.0
+    ) -> None:
+        self.address = address
+        self._reset_seconds = reset_timeout_seconds
+        self._step_seconds = step_timeout_seconds
+        self._channel = rpc.channel(address)
+        self._stub = EnvironmentServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def describe(self) -> Description:
+        """Raises EnvironmentFault."""
+        response = await self._call(self._stub.Describe, pb.DescribeRequest(), self._reset_seconds)
+        return self._read(wire.description_from_wire, response)
+
+    @contextlib.asynccontextmanager
+    async def session(self, *, session_id: str, fence: int, task: Task) -> AsyncIterator[Episode]:
+        """Opens a session on a task, and closes it in any case. Raises EnvironmentFault.
+
+        While the server is full, waits for up to the deadline of a reset.
+        """
+        try:
+            request = pb.ResetRequest(session_id=session_id, fence=fence, task=task_to_wire(task))
+            response = await self._call(self._stub.Reset, request, self._reset_seconds)
+            messages, digest = self._read(wire.reset_from_wire, response)
+            yield Episode(
+                self, session_id=session_id, fence=fence, messages=messages, observation_digest=digest
+            )
+        finally:
+            await self._close_session(session_id, fence)
+
+    async def _close_session(self, session_id: str, fence: int) -> None:
+        """A session that cannot be closed expires."""
+        request = pb.CloseRequest(session_id=session_id, fence=fence)
+        try:
+            await self._stub.Close(request, timeout=_CLOSE_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            _log.debug("session %s at %s was not closed: %s", session_id, self.address, error.details())
+
+    async def step(self, request: pb.StepRequest) -> StepResult:
+        """One step of an Episode."""
+        response = await self._call(self._stub.Step, request, self._step_seconds)
+        result = self._read(wire.result_from_wire, response)
+        self._refuse_failed(result)
+        return result
+
+    async def renew(self, request: pb.RenewRequest) -> None:
+        """Renews the lease of an Episode."""
+        await self._call(self._stub.Renew, request, self._reset_seconds)
+
+    async def _call(self, method: _Method[Any, ResponseT], request: object, seconds: float) -> ResponseT:
+        """Calls by a deadline; every call may be repeated, so a server that is away or full is asked again."""
+        deadline = time.monotonic() + seconds
+        num_retries, pause = 0, _FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                return await method(request, timeout=max(deadline - time.monotonic(), 0.001))
+            except grpc.aio.AioRpcError as error:
+                away = error.code() is grpc.StatusCode.UNAVAILABLE and num_retries < _MAX_RETRIES
+                full = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                if not (away or full) or time.monotonic() + pause >= deadline:
+                    raise self._fault(error) from None
+                num_retries += away
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _MAX_PAUSE_SECONDS)
+
+    def _read(self, read: Callable[[Any], ResponseT], response: object) -> ResponseT:
+        try:
+            return read(response)
+        except ProtocolError as error:
+            raise EnvironmentFault(
+                f"the environment at {self.address} answered with garbage: {error}"
+            ) from error
+
+    def _refuse_failed(self, result: StepResult) -> None:
+        """A reward that says that something failed is a fault, and no reward."""
+        kind = _FAILED.get(result.reward.status)
+        if kind is not None:
+            raise EnvironmentFault(
+                f"the environment at {self.address} could not score: {result.reward.status}: {result.reward.message}",
+                kind=kind,
+            )
+
+    def _fault(self, error: grpc.aio.AioRpcError) -> EnvironmentFault:
+        told = dict(error.trailing_metadata() or ()).get(FAULT_KEY)
+        is_data = told == FaultKind.DATA if told else error.code() is grpc.StatusCode.OUT_OF_RANGE
+        return EnvironmentFault(
+            f"the environment at {self.address} failed with {error.code().name}: {error.details()}",
+            kind=FaultKind.DATA if is_data else FaultKind.INFRASTRUCTURE,
+        )
+
+
+_FAILED = {
+    RewardStatus.INFRASTRUCTURE_ERROR: FaultKind.INFRASTRUCTURE,
+    # It depends on the answer, and so on the task, far more than on the machine.
+    RewardStatus.SCORER_TIMEOUT: FaultKind.DATA,
+}
+
+
+class Episode:
+    """An open session. Steps come one after the other."""
+
+    def __init__(
+        self,
+        client: EnvironmentClient,
+        *,
+        session_id: str,
+        fence: int,
+        messages: tuple[Message, ...],
+        observation_digest: str,
+    ) -> None:
+        self.messages = messages
+        """What the policy reads first."""
+        self.observation_digest = observation_digest
+        self.num_steps = 0
+        self._client = client
+        self._session_id = session_id
+        self._fence = fence
+
+    async def step(self, action: str) -> StepResult:
+        """Hands over what the policy wrote. Raises EnvironmentFault, after which the episode is lost."""
+        request = pb.StepRequest(
+            session_id=self._session_id, fence=self._fence, step_index=self.num_steps, action=action
+        )
+        result = await self._client.step(request)
+        self.num_steps += 1
+        return result
+
+    async def renew(self) -> None:
+        """Keeps the session open while the policy is slow. Raises EnvironmentFault."""
+        await self._client.renew(pb.RenewRequest(session_id=self._session_id, fence=self._fence))
