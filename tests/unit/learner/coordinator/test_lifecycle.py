@@ -1,0 +1,249 @@
+"""The scheduler and a real ledger, driven at random: crashes, late results, dead actors.
+
+After every rule the invariants of the ledger hold; a crash forgets all memory and goes
+on from what is on disk.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from learner.config import FleetConfig
+from learner.coordinator.groups import LeaseOutcome
+from learner.coordinator.ledger import Ledger
+from learner.coordinator.records import TrajectoryState
+from learner.coordinator.scheduler import Batch, Scheduler
+from penstock.errors import PeerLost, SessionFenced
+from penstock.trajectory import Lease, PolicyVersion
+from penstock.v1 import trajectory_pb2
+
+from .fakes import Submitter, acquire, digest_of, join, make_message, make_scheduler
+
+MAX_LAG = 2
+ACTORS = ("a", "b", "c")
+
+
+class Lifecycle(RuleBasedStateMachine):
+    """One run: its scheduler and ledger, three actors, a trainer, and a clock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp(prefix="penstock-test-"))
+        self.now = 0.0
+        self.ledger: Ledger
+        self.scheduler: Scheduler
+        self.submitters: dict[str, Submitter] = {}
+        self.leases: list[tuple[str, Lease, PolicyVersion]] = []
+        self.sent: list[trajectory_pb2.Trajectory] = []
+        self.acknowledged: set[str] = set()
+        self.checkpoint = 0
+        self.trained_lineage: dict[int, tuple[str, ...]] = {}
+
+    def teardown(self) -> None:
+        self.ledger.close()
+        shutil.rmtree(self.folder)
+
+    # -- the processes --------------------------------------------------------------------
+
+    @initialize()
+    def start_coordinator(self) -> None:
+        self.ledger = Ledger(self.folder / "ledger.sqlite")
+        self.scheduler = make_scheduler(
+            history=self.ledger,
+            fleet=FleetConfig(progress_timeout_seconds=30.0),
+            groups_per_step=2,
+            group_size=2,
+            max_lag=MAX_LAG,
+            num_steps=1000,
+        )
+        found = self.ledger.recover()
+        self.scheduler.restore(
+            epoch=found.epoch,
+            num_sessions=found.num_sessions,
+            next_group_id=found.next_group_id,
+            open_groups=found.open_groups,
+            live_leases=found.live_leases,
+            versions=found.versions,
+            now=self.now,
+        )
+        self.submitters = {}
+        self.start_trainer()
+
+    @rule()
+    def start_trainer(self) -> None:
+        """A trainer starts, or starts again, from the newest checkpoint."""
+        self.commit()
+        reopened = self.ledger.groups_trained_from(self.checkpoint)
+        epoch = self.scheduler.open_lineage(self.checkpoint, reopened)
+        self.trained_lineage = {s: ids for s, ids in self.trained_lineage.items() if s < self.checkpoint}
+        self.publish(PolicyVersion(epoch, self.checkpoint))
+
+    @rule()
+    def crash_coordinator(self) -> None:
+        """Memory is gone; only what was committed stays."""
+        self.ledger.close()
+        self.start_coordinator()
+
+    @rule(name=st.sampled_from(ACTORS), keeps_leases=st.booleans())
+    def actor_joins(self, name: str, keeps_leases: bool) -> None:
+        held = tuple(lease.lease_id for owner, lease, _ in self.leases if owner == name)
+        session = join(self.scheduler, name, now=self.now, held=held if keeps_leases else ())
+        self.submitters[name] = Submitter(self.scheduler, session)
+        self.commit()
+
+    # -- the work -------------------------------------------------------------------------
+
+    @rule(name=st.sampled_from(ACTORS), num=st.integers(1, 6))
+    def actor_acquires(self, name: str, num: int) -> None:
+        version = self.scheduler.version
+        if name not in self.submitters or version is None:
+            return
+        try:
+            leases = acquire(self.scheduler, self.submitters[name].session_id, version, num, now=self.now)
+        except (PeerLost, SessionFenced):
+            del self.submitters[name]
+            return
+        self.leases += [(name, lease, version) for lease in leases]
+        self.commit()
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def actor_submits(self, data: st.DataObject) -> None:
+        """Any actor may deliver any lease's result, at any time, however late."""
+        _, lease, version = self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1)))
+        self.deliver(data.draw(st.sampled_from(ACTORS)), make_message(lease, version))
+
+    @precondition(lambda self: self.sent)
+    @rule(data=st.data())
+    def actor_sends_again(self, data: st.DataObject) -> None:
+        message = data.draw(st.sampled_from(self.sent))
+        known = message.trajectory_id in self.acknowledged
+        verdict = self.deliver(data.draw(st.sampled_from(ACTORS)), message)
+        if verdict is not None and known:
+            assert verdict.is_duplicate
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), outcome=st.sampled_from([LeaseOutcome.DRAINED, LeaseOutcome.INFRASTRUCTURE]))
+    def actor_releases(self, data: st.DataObject, outcome: LeaseOutcome) -> None:
+        name, lease, _ = self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1)))
+        if name in self.submitters:
+            try:
+                self.submitters[name].release(lease, outcome, now=self.now)
+            except (PeerLost, SessionFenced):
+                del self.submitters[name]
+        self.commit()
+
+    @rule(seconds=st.sampled_from([0.5, 1.0, 1.5]), times=st.integers(1, 30))
+    def time_passes(self, seconds: float, times: int) -> None:
+        for _ in range(times):
+            self.now += seconds
+            self.scheduler.tick(self.now)
+        self.commit()
+
+    @rule()
+    def trainer_steps(self) -> None:
+        version = self.scheduler.version
+        assert version is not None
+        batch = self.scheduler.next_batch(version.epoch, version.step)
+        if not isinstance(batch, Batch):
+            return
+        for group in batch.groups:
+            assert group.task.index == self.scheduler._tasks.task(group.group_id).index
+            for member in group.members:
+                assert version.step - member.oldest_step <= MAX_LAG
+        ids = tuple(member.trajectory_id for group in batch.groups for member in group.members)
+        assert len(self.ledger.payloads(ids)) == len(ids)
+        self.trained_lineage[version.step] = ids
+        self.publish(PolicyVersion(version.epoch, version.step + 1))
+
+    @rule()
+    def trainer_skips(self) -> None:
+        version = self.scheduler.version
+        assert version is not None
+        if isinstance(self.scheduler.next_batch(version.epoch, version.step), Batch):
+            self.scheduler.skip(version.epoch, version.step, "not finite")
+        self.commit()
+
+    @rule()
+    def trainer_checkpoints(self) -> None:
+        version = self.scheduler.version
+        assert version is not None
+        self.scheduler.checkpointed(version, "path", "digest", keep=1)
+        self.checkpoint = version.step
+        self.commit()
+
+    # -- what always holds ------------------------------------------------------------------
+
+    @invariant()
+    def nothing_vanishes(self) -> None:
+        totals = self.ledger.totals()
+        assert totals.imbalance == 0
+        assert totals.accepted == len(self.acknowledged)
+
+    @invariant()
+    def each_is_trained_once(self) -> None:
+        trained = [name for ids in self.trained_lineage.values() for name in ids]
+        assert len(trained) == len(set(trained))
+        assert self.ledger.totals().by_state.get(TrajectoryState.TRAINED, 0) == len(trained)
+
+    @invariant()
+    def lag_is_bounded(self) -> None:
+        assert self.ledger.totals().max_lag_trained <= MAX_LAG
+
+    @invariant()
+    def memory_and_disk_agree(self) -> None:
+        on_disk = {group.group_id: group for group in self.ledger.recover().open_groups}
+        assert on_disk.keys() == self.scheduler.groups.keys()
+        for group_id, group in self.scheduler.groups.items():
+            assert [m.trajectory_id for m in group.members] == [
+                m.trajectory_id for m in on_disk[group_id].members
+            ]
+
+    @invariant()
+    def every_live_lease_belongs_to_a_free_slot(self) -> None:
+        for group in self.scheduler.groups.values():
+            for slot in group.slots:
+                if slot.lease_id is not None:
+                    assert slot.filled is None
+                    assert self.scheduler.leases.get(slot.lease_id) is not None
+
+    # -- pieces -----------------------------------------------------------------------------
+
+    def deliver(self, name: str, message: trajectory_pb2.Trajectory):  # type: ignore[no-untyped-def]
+        """Submits; forgets the actor's session if the learner does not know it."""
+        if name not in self.submitters:
+            return None
+        try:
+            verdict = self.submitters[name](message, now=self.now)
+        except (PeerLost, SessionFenced):
+            del self.submitters[name]
+            return None
+        self.commit()
+        if verdict.state is not None:
+            assert message.trajectory_id not in self.acknowledged
+            self.acknowledged.add(message.trajectory_id)
+            self.sent.append(message)
+        return verdict
+
+    def publish(self, version: PolicyVersion) -> None:
+        self.scheduler.published(version, digest_of(version), b"", "{}")
+        self.commit()
+
+    def commit(self) -> None:
+        self.scheduler.take_revocations()
+        self.ledger.write_blocking(self.scheduler.take_records())
+
+
+TestLifecycle = Lifecycle.TestCase
+TestLifecycle.settings = settings(
+    max_examples=40,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
