@@ -117,6 +117,15 @@ def plan_layout(tensors: Iterable[HostTensor]) -> tuple[tuple[TensorEntry, ...],
     return tuple(entries), end
 
 
+def pack(buffer: NDArray[np.uint8], entries: Sequence[TensorEntry], tensors: Sequence[HostTensor]) -> None:
+    """Writes tensors to their places, and zeros to the gaps."""
+    end = 0
+    for entry, tensor in zip(entries, tensors, strict=True):
+        buffer[end : entry.offset] = 0
+        end = entry.offset + entry.num_bytes
+        buffer[entry.offset : end] = tensor.data
+
+
 def num_chunks(num_bytes: int, chunk_bytes: int) -> int:
     return -(-num_bytes // chunk_bytes)
 

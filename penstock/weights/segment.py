@@ -34,9 +34,9 @@ from penstock.weights.manifest import (
     HostTensor,
     Manifest,
     SharedMemoryMedium,
-    TensorEntry,
     chunk_digest,
     num_chunks,
+    pack,
     plan_layout,
     table_digest,
 )
@@ -149,7 +149,7 @@ class SegmentRing:
         segment = owned.segment
         segment.set_nonce(bytes(NONCE_BYTES))
         payload = segment.payload[:num_bytes]
-        _pack(payload, entries, tensors)
+        pack(payload, entries, tensors)
         digests = self._digests(payload)
         nonce = secrets.token_bytes(NONCE_BYTES)
         segment.set_nonce(nonce)
@@ -269,14 +269,6 @@ def _is_abandoned(path: Path) -> bool:
 
 def _directories() -> tuple[Path, ...]:
     return (_SHARED_MEMORY, Path(tempfile.gettempdir()))
-
-
-def _pack(payload: NDArray[np.uint8], entries: Sequence[TensorEntry], tensors: Sequence[HostTensor]) -> None:
-    end = 0
-    for entry, tensor in zip(entries, tensors, strict=True):
-        payload[end : entry.offset] = 0
-        end = entry.offset + entry.num_bytes
-        payload[entry.offset : end] = tensor.data
 
 
 def _equal(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> bool:
