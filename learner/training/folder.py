@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from learner.training.config import Precision
-from learner.training.model import without_progress_bars
+from learner.training.model import quiet_transformers
 from penstock.errors import ConfigError
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth")
@@ -53,7 +53,7 @@ def write_policy_folder(
                 f"these weights are not of {source}: {len(lacking)} tensors are missing and "
                 f"{len(report.unexpected_keys)} unknown, such as {(lacking + report.unexpected_keys)[0]}"
             )
-        with without_progress_bars():
+        with quiet_transformers():
             causal_lm.save_pretrained(aside, max_shard_size=_LARGEST_FILE)
         _replace(aside, out)
     finally:

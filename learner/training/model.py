@@ -26,7 +26,7 @@ def load_policy(folder: Path, *, activation_checkpointing: bool = False) -> Poli
     """
     config = load_policy_config(folder)
     _check_weight_files(folder)
-    with without_progress_bars():
+    with quiet_transformers():
         causal_lm = _load_weights(folder, config)
     if activation_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -80,6 +80,7 @@ def _load_weights(folder: Path, config: Any) -> Any:
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that the report names them
         )
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{folder}: the weights cannot be loaded: {_first_line(error)}") from error
@@ -93,19 +94,21 @@ def _check_report(folder: Path, report: dict[str, Any]) -> None:
         ("missing_keys", "are missing from the weights"),
         ("error_msgs", "could not be read"),
     ):
-        names = sorted(str(name) for name in report.get(kind) or ())
+        names = sorted(name if isinstance(name, str) else str(name[0]) for name in report.get(kind) or ())
         if names:
             raise ConfigError(f"{folder}: {len(names)} tensors {meaning}, such as {names[0]}")
 
 
 @contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """transformers draws one for each folder that it reads or writes; ours are read by programs."""
-    shown = transformers_logging.is_progress_bar_enabled()
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and reports for folders that are read or written: what matters is raised."""
+    shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if shown:
             transformers_logging.enable_progress_bar()
 

@@ -1,0 +1,52 @@
+import math
+
+import pytest
+import torch
+
+from learner.training.logprobs import score_logits, token_logprobs
+
+
+def test_two_equal_logits_are_a_coin() -> None:
+    logprobs, entropy = score_logits(torch.zeros(1, 2), torch.tensor([1]), temperature=1.0)
+    assert logprobs.item() == pytest.approx(math.log(0.5))
+    assert entropy.item() == pytest.approx(math.log(2))
+
+
+def test_temperature_divides_the_logits() -> None:
+    logprobs, _ = score_logits(torch.tensor([[0.0, 2.0]]), torch.tensor([1]), temperature=2.0)
+    assert logprobs.item() == pytest.approx(1 - math.log(1 + math.e))
+
+
+def test_half_precision_logits_are_scored_in_float32() -> None:
+    logits = torch.randn(5, 100, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logprobs, entropy = score_logits(logits, torch.arange(5), temperature=1.0)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    torch.testing.assert_close(logprobs, logits.double().log_softmax(-1)[range(5), range(5)].float())
+
+
+def test_tokens_that_are_ruled_out_leave_the_rest_finite() -> None:
+    logits = torch.tensor([[0.0, -math.inf, 0.0]] * 2, requires_grad=True)
+    logprobs, entropy = score_logits(logits, torch.tensor([0, 1]), temperature=1.0)
+    assert logprobs.tolist() == [pytest.approx(math.log(0.5)), -math.inf]
+    assert entropy.tolist() == [pytest.approx(math.log(2))] * 2
+    logprobs[0].backward()
+    assert logits.grad is not None
+    assert bool(torch.isfinite(logits.grad).all())
+
+
+def test_chunks_change_neither_values_nor_gradients() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(23, 8, generator=generator, dtype=torch.float64)
+    head = torch.nn.Linear(8, 50, bias=False).double()
+    targets = torch.randint(0, 50, (23,), generator=generator)
+    results = []
+    for chunk_elements in (1 << 20, 7 * 50, 1):
+        leaf = hidden.clone().requires_grad_()
+        logprobs, entropy = token_logprobs(
+            leaf, head, targets, temperature=0.7, vocab_size=50, chunk_elements=chunk_elements
+        )
+        gradients = torch.autograd.grad((logprobs * torch.arange(23)).sum(), (leaf, head.weight))
+        results.append((logprobs, entropy, *gradients))
+    for result in results[1:]:
+        for got, expected in zip(result, results[0], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from learner.training.packing import TokenSequence, pack, plan_rows
+
+CPU = torch.device("cpu")
+
+
+def sequence(token_ids: list[int], loss_mask: list[int]) -> TokenSequence:
+    return TokenSequence(
+        token_ids=np.asarray(token_ids, dtype=np.int32), loss_mask=np.asarray(loss_mask, dtype=np.uint8)
+    )
+
+
+def test_a_row_lays_sequences_end_to_end_longest_first() -> None:
+    row = pack([sequence([5, 6], [0, 1]), sequence([7, 8, 9], [0, 1, 1])], [0, 1], CPU)
+    assert row.members == (1, 0)
+    assert row.lengths == (3, 2)
+    assert row.token_ids_T.tolist() == [7, 8, 9, 5, 6]
+    assert row.positions_T.tolist() == [0, 1, 2, 0, 1]
+    assert row.predictors_S.tolist() == [0, 1, 3]
+    assert row.targets_S.tolist() == [8, 9, 6]
+
+
+def test_nothing_predicts_a_first_token_even_if_it_was_sampled() -> None:
+    only = sequence([5, 6], [1, 1])
+    assert only.num_sampled == 1
+    assert only.sampled(np.array([10.0, 20.0])).tolist() == [20.0]
+    assert pack([only], [0], CPU).targets_S.tolist() == [6]
+
+
+def test_values_are_gathered_in_the_row_s_order() -> None:
+    row = pack([sequence([5, 6], [0, 1]), sequence([7, 8, 9], [0, 1, 1])], [0, 1], CPU)
+    assert row.gather([np.array([1.0]), np.array([2.0, 3.0])]).tolist() == [2.0, 3.0, 1.0]
+
+
+def test_a_row_without_members_has_tokens_but_nothing_to_learn() -> None:
+    row = pack([sequence([5, 6, 7], [0, 1, 1])], [], CPU)
+    assert row.members == ()
+    assert row.token_ids_T.numel() == 2
+    assert row.targets_S.numel() == 0
+    assert row.gather([np.array([1.0, 2.0])]).numel() == 0
+
+
+@given(
+    lengths=st.lists(st.integers(1, 100), min_size=1, max_size=60),
+    row_tokens=st.integers(16, 200),
+    num_ranks=st.integers(1, 4),
+)
+def test_every_sequence_is_in_one_row_within_the_budget(
+    lengths: list[int], row_tokens: int, num_ranks: int
+) -> None:
+    plan = plan_rows(lengths, row_tokens=row_tokens, num_ranks=num_ranks, hidden_size=32)
+    assert len(plan) == num_ranks
+    assert len({len(rows) for rows in plan}) == 1
+    rows = [row for rank in plan for row in rank]
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    for row in rows:
+        assert len(row) <= 1 or sum(lengths[index] for index in row) <= row_tokens
+    assert plan == plan_rows(lengths, row_tokens=row_tokens, num_ranks=num_ranks, hidden_size=32)
+
+
+def test_ranks_get_rows_of_about_the_same_cost() -> None:
+    lengths = list(np.random.default_rng(0).integers(10, 200, 200))
+    plan = plan_rows(lengths, row_tokens=4096, num_ranks=4, hidden_size=64)
+    tokens = [sum(lengths[index] for row in rank for index in row) for rank in plan]
+    assert max(tokens) < 1.05 * min(tokens)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_a_small_batch_is_spread_over_all_ranks(num_ranks: int) -> None:
+    plan = plan_rows([10] * 6, row_tokens=4096, num_ranks=num_ranks, hidden_size=32)
+    assert [len(rows) for rows in plan] == [1] * num_ranks
+    assert all(len(rows[0]) == 6 // num_ranks for rows in plan)
