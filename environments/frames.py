@@ -155,7 +155,7 @@ def result_from_json(value: object) -> StepResult:
 
 
 def _reward_from_json(fields: Json) -> Reward:
-    status = fields.get("status")
+    status = _text(fields.get("status"))
     if status not in set(RewardStatus):
         raise ProtocolError(
             f"a reward's status is {_brief(status)}; expected one of {[str(s) for s in RewardStatus]}"

@@ -15,10 +15,12 @@ import importlib.metadata
 import itertools
 import math
 import numbers
+import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy
 from reasoning_gym.factory import DATASETS
 
 from environments.base import Description, Message, StepResult
@@ -231,10 +233,14 @@ def _override(name: str, fields: Mapping[str, dataclasses.Field[Any]], key: str,
 
 
 def _items(make_dataset: Callable[[int], Any], name: str, seed: int) -> Iterator[Item]:
-    """Endless; equal for equal arguments."""
+    """Endless; equal for equal arguments, in every process."""
     for block in itertools.count():
-        dataset = make_dataset(_distant_seed(name, seed, block))
+        block_seed = _distant_seed(name, seed, block)
+        dataset = make_dataset(block_seed)
         for index in range(_ITEMS_A_SEED):
+            # A few tasks draw from the global generators.
+            random.seed(block_seed + index)
+            numpy.random.seed(block_seed + index)
             yield Item(dataset[index], dataset)
 
 
