@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ class _Command:
     summary: str
 
 
+# gRPC's own log tells users nothing: our errors carry what it knows.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 _COMMANDS = {
     "quickstart": _Command("penstock.quickstart.main:main", "train a tiny policy on this machine, and watch"),
     "learner": _Command("learner.main:main", "start a run: coordinator and trainer"),
@@ -29,14 +33,14 @@ _COMMANDS = {
     "train": _Command("learner.offline:main", "train from files: sft"),
     "eval": _Command("actors.evaluate:main", "measure a policy on an environment"),
     "export": _Command("learner.export:main", "write a checkpoint as a Hugging Face folder"),
-    "top": _Command("penstock.cli.operator:top", "watch a run"),
-    "status": _Command("penstock.cli.operator:status", "print a run's state"),
-    "why": _Command("penstock.cli.operator:why", "say what a run is waiting for"),
-    "events": _Command("penstock.cli.operator:events", "print what happened in a run"),
-    "pause": _Command("penstock.cli.operator:pause", "grant no more leases"),
-    "resume": _Command("penstock.cli.operator:resume", "grant leases again"),
-    "checkpoint": _Command("penstock.cli.operator:checkpoint", "write a checkpoint now"),
-    "drain": _Command("penstock.cli.operator:drain", "let one actor finish and leave"),
+    "top": _Command("penstock.cli.operations:top", "watch a run"),
+    "status": _Command("penstock.cli.operations:status", "print a run's state"),
+    "why": _Command("penstock.cli.operations:why", "say what a run is waiting for"),
+    "events": _Command("penstock.cli.operations:events", "print what happened in a run"),
+    "pause": _Command("penstock.cli.operations:pause", "grant no more leases"),
+    "resume": _Command("penstock.cli.operations:resume", "grant leases again"),
+    "checkpoint": _Command("penstock.cli.operations:checkpoint", "write a checkpoint now"),
+    "drain": _Command("penstock.cli.operations:drain", "let one actor finish and leave"),
 }
 
 
