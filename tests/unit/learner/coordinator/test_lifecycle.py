@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from learner.config import FleetConfig
 from learner.coordinator.groups import LeaseOutcome
 from learner.coordinator.ledger import Ledger
-from learner.coordinator.records import TrajectoryState
+from learner.coordinator.records import GroupDropped, TrajectoryState
 from learner.coordinator.scheduler import Batch, Scheduler
 from penstock.errors import PeerLost, SessionFenced
 from penstock.trajectory import Lease, PolicyVersion
@@ -139,6 +139,18 @@ class Lifecycle(RuleBasedStateMachine):
                 del self.submitters[name]
         self.commit()
 
+    @rule(name=st.sampled_from(ACTORS), stragglers=st.integers(0, 3))
+    def busy_round(self, name: str, stragglers: int) -> None:
+        """An actor plays all it can get but the oldest few, and the trainer takes what it can."""
+        if name not in self.submitters:
+            self.actor_joins(name, True)
+        self.actor_acquires(name, 100)
+        while len(self.leases) > stragglers:
+            _, lease, version = self.leases.pop()
+            self.deliver(name, make_message(lease, version))
+        for _ in range(MAX_LAG + 1):
+            self.trainer_steps()
+
     @rule(seconds=st.sampled_from([0.5, 1.0, 1.5]), times=st.integers(1, 30))
     def time_passes(self, seconds: float, times: int) -> None:
         for _ in range(times):
@@ -237,7 +249,11 @@ class Lifecycle(RuleBasedStateMachine):
 
     def commit(self) -> None:
         self.scheduler.take_revocations()
-        self.ledger.write_blocking(self.scheduler.take_records())
+        records = self.scheduler.take_records()
+        for record in records:
+            if isinstance(record, GroupDropped):
+                assert record.state is not TrajectoryState.STALE, "lag is bounded without discarding"
+        self.ledger.write_blocking(records)
 
 
 TestLifecycle = Lifecycle.TestCase
