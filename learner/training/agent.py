@@ -42,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("arguments", nargs="*")
     arguments = parser.parse_args(argv)
     log.configure()
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="penstock-ranks-") as folder:
         _prepare_environment(Path(folder), arguments.num_ranks)
         agent = _agent(Path(folder), arguments.num_ranks, arguments.module, arguments.arguments)
@@ -105,7 +106,7 @@ def _status(result: RunResult) -> int:
     """2 if a rank refused its input, 1 if any failed otherwise."""
     statuses = {rank: failure.exitcode for rank, failure in result.failures.items()}
     for rank, status in statuses.items():
-        _log.error("rank %d ended with status %d", rank, status)
+        _log.info("rank %d ended with status %d", rank, status)
     if 2 in statuses.values():
         return 2
     return 1 if statuses else 0

@@ -91,10 +91,12 @@ def _prepare_one(trajectory: Trajectory, advantage: float, version: PolicyVersio
         [span.version == version for span in trajectory.versions],
         [span.num_tokens for span in trajectory.versions],
     )
+    with np.errstate(over="ignore"):  # an infinite advantage is found by the step's check
+        advantage_S = np.full(sequence.num_sampled, advantage, dtype=np.float32)
     return _Prepared(
         sequence=sequence,
         behaviour_S=sequence.sampled(trajectory.logprobs).astype(np.float32),
-        advantage_S=np.full(sequence.num_sampled, advantage, dtype=np.float32),
+        advantage_S=advantage_S,
         same_version_S=sequence.sampled(same_version_T).astype(bool),
     )
 

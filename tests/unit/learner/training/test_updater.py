@@ -1,0 +1,98 @@
+"""What packing, accumulation and publishing must not change."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from learner.training.config import GrpoConfig, OptimizerConfig, Precision
+from learner.training.grpo import Grpo
+from learner.training.model import load_policy
+from learner.training.optimizer import make_optimizer
+from learner.training.packing import TokenSequence
+from learner.training.parallel import Ranks
+from learner.training.publish import Publisher
+from learner.training.updater import Snapshot, Updater
+from penstock.trajectory import PolicyVersion
+from tests.tiny_policy import write_tiny_policy
+from tests.trainer_fakes import VERSION, TensorSink, make_batch
+
+ONE_RANK = Ranks(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_policy(tmp_path_factory.mktemp("policy"))
+
+
+def make_updater(folder: Path, *, row_tokens: int) -> Updater:
+    policy = load_policy(folder)
+    optimizer = make_optimizer(policy, OptimizerConfig(learning_rate=1e-3))
+    return Updater(policy, optimizer, ONE_RANK, row_tokens=row_tokens, max_grad_norm=1.0)
+
+
+def train(folder: Path, *, row_tokens: int, updates: int) -> tuple[dict[str, float], list[torch.Tensor]]:
+    updater = make_updater(folder, row_tokens=row_tokens)
+    grpo = Grpo(updater, GrpoConfig(updates_per_step=updates), seed=0)
+    for step in range(3):
+        metrics = grpo.step(make_batch(step), VERSION, learning_rate=1e-3).metrics
+    return metrics, [parameter.detach().clone() for parameter in updater.policy.parameters()]
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("row_tokens", [16, 50])
+def test_the_row_budget_changes_neither_losses_nor_weights(
+    folder: Path, row_tokens: int, updates: int
+) -> None:
+    metrics, weights = train(folder, row_tokens=4096, updates=updates)
+    others, other_weights = train(folder, row_tokens=row_tokens, updates=updates)
+    assert others == pytest.approx(metrics, rel=1e-4, abs=1e-5)
+    for got, expected in zip(other_weights, weights, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+
+
+def test_scores_come_back_in_the_order_of_the_sequences(folder: Path) -> None:
+    sequences = [
+        TokenSequence(token_ids=t.token_ids, loss_mask=t.loss_mask) for t in make_batch().trajectories()
+    ]
+    together = make_updater(folder, row_tokens=40).score(sequences)
+    for sequence, scores in zip(sequences, together, strict=True):
+        (alone,) = make_updater(folder, row_tokens=40).score([sequence])
+        assert scores == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_snapshot_brings_back_weights_and_optimiser(folder: Path) -> None:
+    updater = make_updater(folder, row_tokens=64)
+    grpo = Grpo(updater, GrpoConfig(), seed=0)
+    grpo.step(make_batch(0), VERSION, learning_rate=1e-3)
+    snapshot = Snapshot(updater)
+    first = grpo.step(make_batch(1), VERSION, learning_rate=1e-3).metrics
+    after_first = [parameter.detach().clone() for parameter in updater.policy.parameters()]
+    snapshot.restore()
+    assert grpo.step(make_batch(1), VERSION, learning_rate=1e-3).metrics == first
+    for got, expected in zip(updater.policy.parameters(), after_first, strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_published_version_has_the_names_and_values_of_the_checkpoint_file(
+    tmp_path: Path, tied: bool
+) -> None:
+    folder = write_tiny_policy(tmp_path, tied=tied)
+    sink = TensorSink()
+    Publisher(load_policy(folder), ONE_RANK, sink, Precision.FLOAT32).write(PolicyVersion(1, 0))
+    expected = load_file(folder / "model.safetensors")
+    assert {tensor.name for tensor in sink.tensors} == expected.keys()
+    for tensor in sink.tensors:
+        assert tensor.dtype == "F32"
+        assert tensor.shape == tuple(expected[tensor.name].shape)
+        assert tensor.data.tobytes() == expected[tensor.name].numpy().tobytes()
+
+
+def test_half_precision_is_published_in_half_precision(folder: Path) -> None:
+    sink = TensorSink()
+    Publisher(load_policy(folder), ONE_RANK, sink, Precision.BFLOAT16).write(PolicyVersion(1, 0))
+    for tensor in sink.tensors:
+        assert tensor.dtype == "BF16"
+        assert tensor.data.size == 2 * torch.Size(tensor.shape).numel()
