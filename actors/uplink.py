@@ -41,6 +41,7 @@ class Uplink:
         self._acknowledged = 0
         self._sent = 0
         self._numbered_for = ""
+        self._num_streams = 0
         self._closing = False
         self._changed = asyncio.Condition()
         self.verdicts: Counter[str] = Counter()
@@ -101,7 +102,8 @@ class Uplink:
         if session_id != self._numbered_for:
             self._numbered_for, self._acknowledged = session_id, 0
         self._sent = self._acknowledged
-        call: _Call = self._session.stub.Submit(self._requests(session_id))
+        self._num_streams += 1
+        call: _Call = self._session.stub.Submit(self._requests(session_id, self._num_streams))
         try:
             while (response := await self._read(call)) is not None:
                 await self._acknowledge(response)
@@ -121,12 +123,15 @@ class Uplink:
                 reading.cancel()
                 raise PeerLost(f"no acknowledgement for {_ACK_SECONDS:.0f} s")
 
-    async def _requests(self, session_id: str) -> AsyncIterator[pb.SubmitRequest]:
-        """Messages of unsent items, as far as the credits reach; ends when closing and all is answered."""
+    async def _requests(self, session_id: str, stream: int) -> AsyncIterator[pb.SubmitRequest]:
+        """Messages of unsent items, as far as the credits reach; ends when closing and all is answered.
+
+        gRPC may still wait here after its stream ended: a newer stream ends it.
+        """
         while True:
             async with self._changed:
-                await self._changed.wait_for(lambda: self._may_send() or self._is_done())
-                if self._is_done():
+                await self._changed.wait_for(lambda: self._may_send() or self._is_over(stream))
+                if self._is_over(stream):
                     return
                 items = self._take()
             yield pb.SubmitRequest(session_id=session_id, items=items)
@@ -135,8 +140,8 @@ class Uplink:
         in_flight = self._sent - self._acknowledged
         return in_flight < min(len(self._items), self._credits.num_trajectories)
 
-    def _is_done(self) -> bool:
-        return self._closing and not self._items
+    def _is_over(self, stream: int) -> bool:
+        return stream != self._num_streams or (self._closing and not self._items)
 
     def _take(self) -> list[pb.SubmitItem]:
         """The next items, numbered; at least one, then as many as credits and sizes allow."""

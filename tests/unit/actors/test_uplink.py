@@ -1,0 +1,151 @@
+"""The uplink against a real gRPC server that loses streams and acknowledgements."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+
+from actors.session import Identity, Session
+from actors.uplink import Uplink
+from penstock import PROTOCOL, rpc
+from penstock.errors import SessionFenced
+from penstock.signals import Stop
+from penstock.v1 import coordinator_pb2 as pb
+from penstock.v1 import coordinator_pb2_grpc
+
+CREDITS = pb.Credits(num_trajectories=4, num_bytes=1 << 20)
+
+
+class Learner(coordinator_pb2_grpc.CoordinatorServiceServicer):
+    """Acknowledges a prefix, as told; counts what it stored by session."""
+
+    def __init__(self) -> None:
+        self.sessions: list[str] = []
+        self.stored: dict[str, list[str]] = {}
+        self.breaks_after: list[int] = []
+        self.abort_with: grpc.StatusCode | None = None
+        self.most_in_flight = 0
+        self.holding = asyncio.Event()
+        self.holding.set()
+
+    async def Join(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        self.sessions.append(f"s{len(self.sessions)}")
+        self.stored[self.sessions[-1]] = []
+        return pb.JoinResponse(session_id=self.sessions[-1], credits=CREDITS)
+
+    async def Submit(self, request_iterator, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        if self.abort_with is not None:
+            await context.abort(self.abort_with, "as told")
+        limit = self.breaks_after.pop(0) if self.breaks_after else None
+        async for request in request_iterator:
+            if request.session_id != self.sessions[-1]:
+                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "unknown session")
+            stored = self.stored[request.session_id]
+            for item in request.items:
+                if item.sequence == len(stored) + 1:
+                    stored.append(item.release.lease_id)
+            self.most_in_flight = max(self.most_in_flight, len(request.items))
+            if limit is not None and len(stored) >= limit:
+                return  # stored, but never acknowledged
+            await self.holding.wait()
+            yield pb.SubmitResponse(acknowledged=len(stored), credits=CREDITS)
+
+
+@contextlib.asynccontextmanager
+async def running(learner: Learner, *, max_bytes: int = 1 << 20) -> AsyncIterator[Uplink]:
+    server = rpc.server()
+    coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(learner, server)
+    port = rpc.bind(server, "127.0.0.1:0")
+    await server.start()
+    identity = Identity(
+        actor_id="a", engine="fake", num_slots=1, address="", hostname="h", pid=1, device="cpu"
+    )
+    session = Session(
+        f"127.0.0.1:{port}", identity, Stop(), protocol=PROTOCOL, patience_seconds=20.0, held_leases=list
+    )
+    await session.join(connect_seconds=20.0)
+    uplink = Uplink(session, CREDITS, max_bytes=max_bytes)
+    try:
+        yield uplink
+    finally:
+        await session.close()
+        await server.stop(0)
+
+
+def item(name: str) -> pb.SubmitItem:
+    return pb.SubmitItem(release=pb.Release(lease_id=name, reason=pb.RELEASE_REASON_DRAINING))
+
+
+async def send(uplink: Uplink, names: list[str]) -> None:
+    task = asyncio.create_task(uplink.run())
+    for name in names:
+        await uplink.put(item(name))
+    assert await uplink.flush(20.0)
+    await uplink.close()
+    await task
+
+
+async def test_what_is_put_arrives_in_order():
+    learner = Learner()
+    async with running(learner) as uplink:
+        await send(uplink, ["1", "2", "3"])
+    assert learner.stored == {"s0": ["1", "2", "3"]}
+    assert uplink.num_unacknowledged == 0
+
+
+async def test_what_was_not_acknowledged_is_sent_again():
+    learner = Learner()
+    learner.breaks_after = [2, 3, 5]
+    names = [str(n) for n in range(8)]
+    async with running(learner) as uplink:
+        await send(uplink, names)
+    assert learner.stored == {"s0": names}
+
+
+async def test_a_new_session_numbers_its_items_afresh():
+    learner = Learner()
+    async with running(learner) as uplink:
+        learner.sessions.append("restarted")  # the learner forgot the session
+        learner.stored["restarted"] = []
+        await send(uplink, ["1", "2"])
+    assert learner.stored[learner.sessions[-1]] == ["1", "2"]
+
+
+async def test_no_more_is_in_flight_than_the_credits_allow():
+    learner = Learner()
+    learner.holding.clear()
+    async with running(learner) as uplink:
+        task = asyncio.create_task(uplink.run())
+        for n in range(10):
+            await uplink.put(item(str(n)))
+        while not learner.stored["s0"]:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        assert len(learner.stored["s0"]) <= CREDITS.num_trajectories
+        learner.holding.set()
+        assert await uplink.flush(20.0)
+        await uplink.close()
+        await task
+    assert learner.stored["s0"] == [str(n) for n in range(10)]
+
+
+async def test_a_full_spool_holds_back_who_fills_it():
+    async with running(Learner(), max_bytes=1) as uplink:
+        await uplink.put(item("1"))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await uplink.put(item("2"))
+        assert uplink.held_leases() == ["1"]
+
+
+async def test_a_fenced_session_ends_the_uplink():
+    learner = Learner()
+    learner.abort_with = grpc.StatusCode.ABORTED
+    async with running(learner) as uplink:
+        await uplink.put(item("1"))
+        with pytest.raises(SessionFenced, match="as told"):
+            await uplink.run()
