@@ -1,0 +1,263 @@
+"""The quickstart's stages, from random weights to a picture.
+
+    make a policy -> warm start -> train (environment server, learner, actors) -> export
+                              \\-> accuracy before                                 \\-> accuracy after
+
+Everything but the making of the first policy is done by the programs that a real run
+uses, started on loopback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shlex
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers.utils.logging import disable_progress_bar
+
+from penstock.cli.run_client import RunClient
+from penstock.errors import PeerLost, PenstockError
+from penstock.quickstart import task
+from penstock.quickstart.display import Display
+from penstock.quickstart.policy import make_policy
+from penstock.quickstart.programs import Program, Programs
+from penstock.quickstart.settings import (
+    MAX_TOKENS,
+    NUM_DEMONSTRATIONS,
+    QuickstartConfig,
+    run_toml,
+    warm_start_toml,
+)
+from penstock.quickstart.summary import Summary, draw, read_points, trajectories_by_verdict
+from penstock.v1 import operator_pb2 as pb
+
+_POLL_SECONDS = 0.5
+_START_SECONDS = 120.0
+_PROGRAM_SECONDS = 600.0
+_STALLED_SECONDS = 180.0
+_LEAVE_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What the training stage leaves for the summary."""
+
+    status: pb.GetStatusResponse
+    """The last one, of the finished run."""
+    accuracy_before: float
+    killed_at: float | None
+    """Unix seconds."""
+
+
+class Quickstart:
+    def __init__(self, config: QuickstartConfig, folder: Path, display: Display, programs: Programs) -> None:
+        self._config = config
+        self._folder = folder
+        self._display = display
+        self._programs = programs
+        self._environment = f"127.0.0.1:{_free_port()}"
+        self._learner = f"127.0.0.1:{_free_port()}"
+        self._actors: list[Program] = []
+
+    @property
+    def policy(self) -> Path:
+        """The trained policy."""
+        return self._folder / "policy"
+
+    @property
+    def serve_command(self) -> str:
+        return shlex.join(["penstock", *self._serve_arguments()])
+
+    @property
+    def environment(self) -> str:
+        return self._environment
+
+    @property
+    def learner(self) -> str:
+        return self._learner
+
+    async def run(self) -> Summary:
+        """Raises PenstockError: a program died, or nothing moved for too long."""
+        server = await self._programs.start("environment", self._serve_arguments())
+        for _ in range(self._config.actors):
+            await self._start_actor()
+        warm_started = await self._warm_start()
+        await self._programs.ready(server, "serving", timeout_seconds=_START_SECONDS)
+        trained = await self._train(warm_started)
+        with self._display.working("measuring the trained policy"):
+            await self._programs.run(
+                "export", ["export", str(self._folder), str(self.policy)], timeout_seconds=_PROGRAM_SECONDS
+            )
+            accuracy = await self._evaluate(self.policy, "after")
+        return self._conclude(trained, accuracy)
+
+    async def _warm_start(self) -> Path:
+        config, folder = self._config, self._folder
+        data, settings, out = (
+            folder / "demonstrations.jsonl", folder / "warm-start.toml", folder / "warm-started",
+        )  # fmt: skip
+        with self._display.working("making a policy and demonstrations"):
+            disable_progress_bar()
+            initial = await asyncio.to_thread(
+                make_policy, folder / "initial", seed=config.seed, characters=task.CHARACTERS, max_context=64
+            )
+            prompts = await asyncio.to_thread(task.training_prompts, seed=config.seed)
+            task.write_demonstrations(data, prompts, count=NUM_DEMONSTRATIONS, seed=config.seed)
+            settings.write_text(
+                warm_start_toml(policy=initial, data=data, out=out, seed=config.seed), encoding="utf-8"
+            )
+        self._display.say(
+            f"made a policy from random numbers, and {NUM_DEMONSTRATIONS:,} demonstrations, 4 in 10 of them right"
+        )
+        with self._display.working("warm start: supervised learning from the demonstrations"):
+            await self._programs.run(
+                "warm-start", ["train", "sft", str(settings)], timeout_seconds=_PROGRAM_SECONDS
+            )
+        self._display.say("warm start done")
+        return out
+
+    async def _train(self, warm_started: Path) -> Trained:
+        path = self._folder / "run.toml"
+        path.write_text(
+            run_toml(
+                self._config,
+                policy=warm_started,
+                folder=self._folder,
+                environment=self._environment,
+                bind=self._learner,
+                serve=self.serve_command,
+            ),
+            encoding="utf-8",
+        )
+        learner = await self._programs.start("learner", ["learner", str(path)], may_finish=True)
+        with self._display.working("starting the learner, and measuring the warm-started policy"):
+            before = await self._evaluate(warm_started, "before")
+            await self._programs.ready(learner, "learner ready on", timeout_seconds=_START_SECONDS)
+        self._display.say(f"held-out accuracy before training: {before:.3f}")
+        async with RunClient(self._learner) as run:
+            status, killed_at = await self._watch(run)
+        for program in (learner, *self._actors):
+            if not program.killed:
+                await self._programs.finished(program, timeout_seconds=_LEAVE_SECONDS)
+        self._display.say(f"trained {status.ledger.trained:,} trajectories in {status.version.step} steps")
+        return Trained(status=status, accuracy_before=before, killed_at=killed_at)
+
+    async def _watch(self, run: RunClient) -> tuple[pb.GetStatusResponse, float | None]:
+        """Shows the run until it is finished; returns its last state, and when an actor was killed."""
+        killed_at: float | None = None
+        progress = _Progress()
+        with self._display.watching() as show:
+            while True:
+                self._programs.check()
+                status = await _status(run)
+                if status is not None:
+                    show(status)
+                    if status.state == pb.RUN_STATE_FINISHED:
+                        return status, killed_at
+                    if killed_at is None and self._kill_is_due(status):
+                        killed_at = time.time()
+                        await self._replace_an_actor()
+                progress.check(status)
+                await asyncio.sleep(_POLL_SECONDS)
+
+    def _kill_is_due(self, status: pb.GetStatusResponse) -> bool:
+        return self._config.kill_an_actor and status.version.step * 3 >= self._config.steps
+
+    async def _replace_an_actor(self) -> None:
+        victim = self._actors[0]
+        victim.kill()
+        successor = await self._start_actor()
+        self._display.say(f"killed {victim.name} with SIGKILL, and started {successor.name}")
+
+    async def _start_actor(self) -> Program:
+        name = f"actor-{len(self._actors) + 1}"
+        arguments = [
+            *("actor", "--learner", self._learner, "--name", name, "--num-slots", "64", "--device", "cpu"),
+            # It may wait for the learner through the whole warm start.
+            *("--connect-seconds", str(_PROGRAM_SECONDS)),
+        ]
+        actor = await self._programs.start(name, arguments, may_finish=True, is_client=True)
+        self._actors.append(actor)
+        return actor
+
+    async def _evaluate(self, policy: Path, when: str) -> float:
+        result = self._folder / f"accuracy-{when}.json"
+        arguments = [
+            *("eval", "--policy", str(policy), "--environment", self._environment),
+            *("--num-tasks", str(task.NUM_EVAL), "--max-tokens", str(MAX_TOKENS)),
+            *("--seed", str(self._config.seed + 1), "--device", "cpu", "--json", str(result)),
+        ]
+        await self._programs.run(f"eval-{when}", arguments, timeout_seconds=_PROGRAM_SECONDS)
+        return float(json.loads(result.read_text(encoding="utf-8"))["accuracy"])
+
+    def _conclude(self, trained: Trained, accuracy_after: float) -> Summary:
+        """Writes the picture and summary.json."""
+        config, ledger = self._config, trained.status.ledger
+        metrics = self._folder / "metrics.jsonl"
+        points = read_points(metrics)
+        first = json.loads(metrics.read_text(encoding="utf-8").partition("\n")[0])["time"]
+        killed_at = None if trained.killed_at is None else trained.killed_at - first
+        draw(points, self._folder / "reward.png", max_lag=config.max_lag, killed_at=killed_at)
+        training_seconds = points[-1].seconds - points[0].seconds
+        summary = Summary(
+            accuracy_before=trained.accuracy_before,
+            accuracy_after=accuracy_after,
+            versions=trained.status.version.step,
+            max_lag=config.max_lag,
+            max_lag_trained=ledger.max_lag_trained,
+            ledger_imbalance=ledger.imbalance,
+            trajectories=trajectories_by_verdict(ledger),
+            mixed_version_trajectories=ledger.mixed_version_trained,
+            seconds=round(self._display.seconds, 1),
+            training_seconds=round(training_seconds, 1),
+            tokens_per_second=round(ledger.tokens_trained / max(training_seconds, 1e-9), 1),
+            seed=config.seed,
+            engine="torch",
+            num_actors=config.actors,
+            killed_actor=killed_at is not None,
+        )
+        summary.write(self._folder / "summary.json")
+        return summary
+
+    def _serve_arguments(self) -> list[str]:
+        return task.serve_arguments(seed=self._config.seed, bind=self._environment)
+
+
+class _Progress:
+    """Raises when a run makes no version, or does not answer, for three minutes."""
+
+    def __init__(self) -> None:
+        self._step = -1
+        self._moved_at = time.monotonic()
+        self._waiting_for = "the learner's first answer"
+
+    def check(self, status: pb.GetStatusResponse | None) -> None:
+        now = time.monotonic()
+        if status is not None:
+            self._waiting_for = status.waiting_for
+            if status.version.step != self._step:
+                self._step, self._moved_at = status.version.step, now
+        if now - self._moved_at > _STALLED_SECONDS:
+            raise PenstockError(
+                f"no new version for {_STALLED_SECONDS:.0f} s; waiting for: {self._waiting_for}"
+            )
+
+
+async def _status(run: RunClient) -> pb.GetStatusResponse | None:
+    """None if the learner does not answer just now."""
+    try:
+        return await run.status()
+    except PeerLost:
+        return None
+
+
+def _free_port() -> int:
+    """A port that is free now; the program that binds it says so if it no longer is."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
