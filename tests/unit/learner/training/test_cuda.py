@@ -1,0 +1,88 @@
+"""What only a GPU can show: variable-length kernels, and mixed precision on a device."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+from learner.training.attention import packed_attention, row_layout
+from learner.training.checkpoint import Checkpoints
+from learner.training.config import Device, GrpoConfig, OptimizerConfig, Precision
+from learner.training.grpo import Grpo
+from learner.training.model import load_policy
+from learner.training.optimizer import make_optimizer
+from learner.training.parallel import Ranks, open_ranks, place
+from learner.training.publish import Publisher
+from learner.training.updater import Updater
+from tests.tiny_policy import write_tiny_policy
+from tests.trainer_fakes import VERSION, TensorSink, make_batch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+LENGTHS = [130, 64, 64, 63, 7, 1]
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_the_varlen_kernel_agrees_with_the_bucketed_path(window: int | None) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    total = sum(LENGTHS)
+    shapes = [(1, 8, total, 64), (1, 2, total, 64), (1, 2, total, 64)]
+    exact = [torch.randn(shape, device="cuda", generator=generator) for shape in shapes]
+    half = [part.bfloat16().requires_grad_() for part in exact]
+    exact = [part.detach().float().requires_grad_() for part in half]
+    layout = row_layout(LENGTHS, torch.device("cuda"))
+    arguments = {"sliding_window": window, "row_layout": layout}
+    fast, _ = packed_attention(torch.nn.Identity(), *half, None, **arguments)
+    slow, _ = packed_attention(torch.nn.Identity(), *exact, None, **arguments)
+    torch.testing.assert_close(fast.float(), slow, rtol=2e-2, atol=2e-2)
+    weights = torch.randn(slow.shape, device="cuda", generator=generator)
+    for got, expected in zip(
+        torch.autograd.grad((fast.float() * weights).sum(), half),
+        torch.autograd.grad((slow * weights).sum(), exact),
+        strict=True,
+    ):
+        torch.testing.assert_close(got.float(), expected, rtol=5e-2, atol=5e-2)
+
+
+def make_updater(folder: Path, ranks: Ranks, precision: Precision) -> Updater:
+    policy = load_policy(folder)
+    place(policy, ranks, precision)
+    optimizer = make_optimizer(policy, OptimizerConfig(learning_rate=1e-3))
+    return Updater(policy, optimizer, ranks, row_tokens=64, max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize("precision", list(Precision))
+def test_a_step_on_the_gpu_is_the_step_on_the_cpu(tmp_path: Path, precision: Precision) -> None:
+    folder = write_tiny_policy(tmp_path / "policy", hidden_size=64)
+    cpu = Ranks(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
+    tolerance = 1e-4 if precision is Precision.FLOAT32 else 3e-2
+    with ExitStack() as stack:
+        ranks = open_ranks(Device.CUDA, precision)
+        stack.callback(ranks.close)
+        updater = make_updater(folder, ranks, precision)
+        assert next(updater.policy.parameters()).dtype == torch.float32
+        grpo = Grpo(updater, GrpoConfig(updates_per_step=2), seed=0)
+        reference = Grpo(make_updater(folder, cpu, Precision.FLOAT32), GrpoConfig(updates_per_step=2), seed=0)
+        for step in range(3):
+            got = grpo.step(make_batch(step), VERSION, learning_rate=1e-3)
+            expected = reference.step(make_batch(step), VERSION, learning_rate=1e-3)
+            assert not got.failure
+            for name in ("loss", "kl", "entropy", "grad_norm"):
+                assert got.metrics[name] == pytest.approx(
+                    expected.metrics[name], rel=tolerance, abs=tolerance
+                )
+        sink = TensorSink()
+        Publisher(updater.policy, ranks, sink, precision).write(VERSION)
+        assert {tensor.dtype for tensor in sink.tensors} == {
+            "F32" if precision is Precision.FLOAT32 else "BF16"
+        }
+        Checkpoints(tmp_path / "checkpoints", updater, keep=1).write(3)
+        resumed = make_updater(folder, ranks, precision)
+        assert Checkpoints(tmp_path / "checkpoints", resumed, keep=1).resume() == 3
+        again = Grpo(resumed, GrpoConfig(updates_per_step=2), seed=0)
+        assert again.step(make_batch(3), VERSION, learning_rate=1e-3).metrics["loss"] == pytest.approx(
+            grpo.step(make_batch(3), VERSION, learning_rate=1e-3).metrics["loss"], abs=1e-6
+        )
