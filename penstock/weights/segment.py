@@ -49,6 +49,7 @@ _log = logging.getLogger(__name__)
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 _PREFIX = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\.[0-9a-f]{16}")
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _PROBE_BYTES = 4096
 
 
@@ -86,22 +87,23 @@ def open_segment(medium: SharedMemoryMedium, num_bytes: int) -> Segment:
         raise WeightTransferError(
             f"{medium.name!r} is not a segment's name; expected PREFIX.16 hexadecimal digits"
         )
-    for directory in _directories():
-        try:
-            file = os.open(
-                directory / medium.name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-            )
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise WeightTransferError(
-                f"segment {directory / medium.name} cannot be opened: {error}"
-            ) from error
-        try:
-            return Segment(_map_for_reading(file, num_bytes), medium.name)
-        finally:
-            os.close(file)
-    raise WeightTransferError(f"segment {medium.name} is not on this host, or its trainer is gone")
+    path = segment_path(medium.name)
+    if path is None:
+        raise WeightTransferError(f"segment {medium.name} is not on this host, or its trainer is gone")
+    try:
+        file = os.open(path, _READ)
+    except OSError as error:
+        raise WeightTransferError(f"segment {path} cannot be opened: {error}") from error
+    try:
+        return Segment(_map_for_reading(file, num_bytes), medium.name)
+    finally:
+        os.close(file)
+
+
+def segment_path(name: str) -> Path | None:
+    """Where a segment of this host lies; None if there is none of that name."""
+    paths = (directory / name for directory in _directories())
+    return next((path for path in paths if os.path.lexists(path)), None)
 
 
 def _map_for_reading(file: int, num_bytes: int) -> mmap.mmap:
@@ -254,7 +256,7 @@ def _remove_stale(prefix: str) -> None:
 
 def _is_abandoned(path: Path) -> bool:
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        file = os.open(path, _READ)
     except OSError:
         return False
     try:
