@@ -158,9 +158,9 @@ class ZeromqServer:
         chunk = held.segment.payload[held.manifest.chunk(request.index)]
         # Sent from the mapped segment. Should the trainer overwrite it meanwhile, the receiver
         # sees another digest and asks again, and then the nonce tells us that it is gone.
-        self._socket.send_multipart([*prefix, chunk.data], copy=False)
         self._num_chunks += 1
         self._num_bytes += chunk.size
+        self._socket.send_multipart([*prefix, chunk.data], copy=False)
 
 
 class ZeromqReceiver:
