@@ -219,7 +219,10 @@ class ResetResponse(_message.Message):
     OBSERVATION_FIELD_NUMBER: _builtins.int
     OBSERVATION_DIGEST_FIELD_NUMBER: _builtins.int
     observation_digest: _builtins.str
-    """Hexadecimal digest of the observation: equal for equal tasks."""
+    """SHA-256, in lower-case hexadecimal, of a sequence of texts: "penstock.observation.v1",
+    then role and content of each message. A text goes in as its length in bytes (64 bits,
+    little-endian), then its UTF-8. Equal for equal tasks.
+    """
     @_builtins.property
     def observation(self) -> Global___Observation: ...
     def __init__(
