@@ -182,13 +182,9 @@ async def a_higher_fence_replaces(driver: Driver) -> None:
     session_id = _new_id()
     await driver.reset(session_id)
     await driver.reset(session_id, fence=_FENCE + 1)
-    for late in (
-        driver.reset(session_id),
-        driver.step(session_id, 0),
-        driver.renew(session_id),
-        driver.close(session_id),
-    ):
-        await _expect_code(late, grpc.StatusCode.ABORTED)
+    calls = (driver.reset, lambda name: driver.step(name, 0), driver.renew, driver.close)
+    for call in calls:
+        await _expect_code(call(session_id), grpc.StatusCode.ABORTED)
     await driver.step(session_id, 0, fence=_FENCE + 1)
     await driver.close(session_id, fence=_FENCE + 1)
 

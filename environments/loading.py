@@ -47,14 +47,13 @@ def _find(target: str) -> Any:
         raise ConfigError(f"{target!r} names no environment; expected MODULE:CLASS")
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             raise ConfigError(
                 f"no module {module_name!r}; expected one that can be imported from the current folder"
             ) from None
-        raise ConfigError(f"{module_name} cannot be imported: {error}") from error
-    except (ImportError, SyntaxError) as error:
-        raise ConfigError(f"{module_name} cannot be imported: {error}") from error
+        traceback.print_exc()
+        raise ConfigError(f"{module_name} cannot be imported: {type(error).__name__}: {error}") from error
     factory = getattr(module, class_name, None)
     if not callable(factory):
         raise ConfigError(f"{module_name} has no class {class_name!r}")
