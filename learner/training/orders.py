@@ -67,20 +67,20 @@ class Orders:
         self._ranks = ranks
         self._progress = progress
         self._stop = stop
+        self._asked_aside = False
+        """The coordinator says once that a checkpoint is wanted, to whichever rank asks next."""
 
     def until(self, num_steps: int) -> Iterator[Order]:
         """Consumes NextBatch; waits for the coordinator; woken by a batch, a request or a stop."""
         since = time.monotonic()
-        checkpointed = False
         while self._progress.step < num_steps:
             answer = self._ask() if self._ranks.is_first else NextBatch(batch=None)
             ready, checkpoint, stop = self._agree(answer)
             if stop:
                 yield Leave()
                 return
-            if checkpoint and not checkpointed:
+            if checkpoint:
                 yield WriteCheckpoint()
-            checkpointed = checkpoint
             if ready:
                 yield Train(batch=self._fetch(answer), wait_seconds=time.monotonic() - since)
                 since = time.monotonic()
@@ -97,7 +97,9 @@ class Orders:
 
     def _agree(self, answer: NextBatch) -> tuple[bool, bool, bool]:
         stop = answer.stop_requested or self._stop.is_set()
-        mine = torch.tensor([answer.batch is not None, answer.checkpoint_requested, stop], dtype=torch.int64)
+        checkpoint = answer.checkpoint_requested or self._asked_aside
+        self._asked_aside = False
+        mine = torch.tensor([answer.batch is not None, checkpoint, stop], dtype=torch.int64)
         ready, checkpoint, stopping = self._ranks.maximum(mine).bool().tolist()
         return ready, checkpoint, stopping
 
@@ -110,7 +112,8 @@ class Orders:
                 raise ProtocolError(
                     f"rank 0 has the batch of step {self._progress.step}; this rank is not given it"
                 )
-            batch = self._ask().batch
+            answer = self._ask()
+            batch, self._asked_aside = answer.batch, self._asked_aside or answer.checkpoint_requested
         fingerprint = torch.tensor([batch.fingerprint(), -batch.fingerprint()], dtype=torch.int64)
         most, least = self._ranks.maximum(fingerprint).tolist()
         if most != -least:

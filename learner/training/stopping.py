@@ -21,7 +21,7 @@ from types import FrameType
 
 _log = logging.getLogger(__name__)
 
-GRACE_SECONDS = 8.0
+GRACE_SECONDS = 6.0
 """From the signal to the end of the process, at most."""
 _PARENT_SECONDS = 1.0
 
