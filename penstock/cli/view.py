@@ -78,7 +78,7 @@ def line(status: pb.GetStatusResponse) -> str:
     ledger, metrics = status.ledger, status.metrics
     reward = f"{metrics['reward_mean']:.3f}" if "reward_mean" in metrics else "-"
     return (
-        f"version {version_from_wire(status.version)} of {status.num_steps}  reward {reward}  "
+        f"version {_version(status)} of {status.num_steps}  reward {reward}  "
         f"lag {metrics.get('lag_mean', 0.0):.1f} (max {metrics.get('lag_max', 0.0):.0f} of {status.max_lag})  "
         f"{status.tokens_per_second:,.0f} tokens/s  actors {len(status.actors)}  "
         f"trained {ledger.trained:,}  pending {ledger.pending:,}  imbalance {ledger.imbalance}"
@@ -91,7 +91,6 @@ def _progress(status: pb.GetStatusResponse, rewards: RewardHistory) -> Renderabl
     table.add_column(min_width=8, justify="right")
     table.add_column(ratio=1)
     metrics, step = status.metrics, status.version.step
-    published = status.HasField("version")
     bar = _grid()
     bar.add_column(width=_SPARKLINE_WIDTH)
     bar.add_column()
@@ -99,7 +98,7 @@ def _progress(status: pb.GetStatusResponse, rewards: RewardHistory) -> Renderabl
         ProgressBar(total=max(status.num_steps, 1), completed=step, width=_SPARKLINE_WIDTH),
         f"of {status.num_steps}",
     )
-    table.add_row("version", str(version_from_wire(status.version)) if published else "none yet", bar)
+    table.add_row("version", _version(status), bar)
     table.add_row(
         "reward",
         _measured(metrics.get("reward_mean"), ".3f"),
@@ -212,6 +211,10 @@ def _columns(*names: str, left: int) -> Table:
             no_wrap=True,
         )
     return table
+
+
+def _version(status: pb.GetStatusResponse) -> str:
+    return str(version_from_wire(status.version)) if status.HasField("version") else "none yet"
 
 
 def _measured(value: float | None, form: str) -> str:

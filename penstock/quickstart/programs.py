@@ -87,8 +87,11 @@ class Program:
 class Programs:
     """Use as an async context manager: what still runs at its end is stopped."""
 
-    def __init__(self, logs: Path) -> None:
+    def __init__(
+        self, logs: Path, *, command: Sequence[str] = (sys.executable, "-m", "penstock.cli")
+    ) -> None:
         self._logs = logs
+        self._command = command
         self._programs: list[Program] = []
 
     async def __aenter__(self) -> Self:
@@ -103,13 +106,11 @@ class Programs:
     async def start(
         self, name: str, arguments: Sequence[str], *, may_finish: bool = False, is_client: bool = False
     ) -> Program:
-        """Starts `penstock ARGUMENTS...`, away from the terminal's Ctrl-C: we pass that on."""
+        """Starts the command with these arguments, away from the terminal's Ctrl-C: we pass that on."""
         log = self._logs / f"{name}.log"
         with log.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "penstock.cli",
+                *self._command,
                 *arguments,
                 env={**os.environ, **_ENVIRONMENT},
                 stdin=asyncio.subprocess.DEVNULL,

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from penstock.errors import ConfigError
 
-WARM_START_STEPS = 350
 WARM_START_SEQUENCES = 64
-NUM_DEMONSTRATIONS = WARM_START_STEPS * WARM_START_SEQUENCES
+"""Demonstrations of one step."""
 MAX_TOKENS = 8
 """Sampled by one answer: five letters and the end token, with room to be wrong."""
 
@@ -30,9 +29,17 @@ class QuickstartConfig:
     actors: int = 2
     steps: int = 100
     """Training steps, and so versions."""
+    warm_start_steps: int = 350
+    """Steps of supervised learning before. With fewer there is less for reinforcement to build on."""
 
     def __post_init__(self) -> None:
-        for name, least in (("actors", 1), ("steps", 3), ("max_lag", 0), ("seed", 0)):
+        for name, least in (
+            ("actors", 1),
+            ("steps", 3),
+            ("warm_start_steps", 1),
+            ("max_lag", 0),
+            ("seed", 0),
+        ):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least {least}")
 
@@ -57,7 +64,7 @@ def _next_free(parent: Path) -> Path:
     return next(path for number in count(1) if not (path := parent / f"quickstart-{number}").exists())
 
 
-def warm_start_toml(*, policy: Path, data: Path, out: Path, seed: int) -> str:
+def warm_start_toml(config: QuickstartConfig, *, policy: Path, data: Path, out: Path) -> str:
     """Read by `penstock train sft`."""
     return f"""\
 # The warm start: supervised learning from a careless teacher's demonstrations.
@@ -66,9 +73,9 @@ def warm_start_toml(*, policy: Path, data: Path, out: Path, seed: int) -> str:
 policy = {_quoted(policy)}
 data = {_quoted(data)}
 out = {_quoted(out)}
-num_steps = {WARM_START_STEPS}
+num_steps = {config.warm_start_steps}
 batch_sequences = {WARM_START_SEQUENCES}
-seed = {seed}
+seed = {config.seed}
 device = "cpu"
 
 [optimizer]
@@ -103,6 +110,8 @@ num_steps = {config.steps}
 groups_per_step = 8
 group_size = 16
 max_lag = {config.max_lag}
+# Fast actors stay this many steps ahead, and lag stays below its bound, until one of them falters.
+pipeline_depth = {min(3, config.max_lag + 1)}
 
 [sampling]
 max_tokens = {MAX_TOKENS}

@@ -27,12 +27,13 @@ from penstock.quickstart.policy import make_policy
 from penstock.quickstart.programs import Program, Programs
 from penstock.quickstart.settings import (
     MAX_TOKENS,
-    NUM_DEMONSTRATIONS,
+    WARM_START_SEQUENCES,
     QuickstartConfig,
     run_toml,
     warm_start_toml,
 )
 from penstock.quickstart.summary import Summary, draw, read_points, trajectories_by_verdict
+from penstock.tasks import task_group
 from penstock.v1 import operator_pb2 as pb
 
 _POLL_SECONDS = 0.5
@@ -106,12 +107,11 @@ class Quickstart:
                 make_policy, folder / "initial", seed=config.seed, characters=task.CHARACTERS, max_context=64
             )
             prompts = await asyncio.to_thread(task.training_prompts, seed=config.seed)
-            task.write_demonstrations(data, prompts, count=NUM_DEMONSTRATIONS, seed=config.seed)
-            settings.write_text(
-                warm_start_toml(policy=initial, data=data, out=out, seed=config.seed), encoding="utf-8"
-            )
+            count = config.warm_start_steps * WARM_START_SEQUENCES
+            task.write_demonstrations(data, prompts, count=count, seed=config.seed)
+            settings.write_text(warm_start_toml(config, policy=initial, data=data, out=out), encoding="utf-8")
         self._display.say(
-            f"made a policy from random numbers, and {NUM_DEMONSTRATIONS:,} demonstrations, 4 in 10 of them right"
+            f"made a policy from random numbers, and {count:,} demonstrations, 4 in 10 of them right"
         )
         with self._display.working("warm start: supervised learning from the demonstrations"):
             await self._programs.run(
@@ -134,17 +134,16 @@ class Quickstart:
             encoding="utf-8",
         )
         learner = await self._programs.start("learner", ["learner", str(path)], may_finish=True)
-        with self._display.working("starting the learner, and measuring the warm-started policy"):
-            before = await self._evaluate(warm_started, "before")
+        with self._display.working("starting the learner"):
             await self._programs.ready(learner, "learner ready on", timeout_seconds=_START_SECONDS)
-        self._display.say(f"held-out accuracy before training: {before:.3f}")
-        async with RunClient(self._learner) as run:
+        async with RunClient(self._learner) as run, task_group() as tasks:
+            before = tasks.create_task(self._evaluate_before(warm_started), name="accuracy before")
             status, killed_at = await self._watch(run)
         for program in (learner, *self._actors):
             if not program.killed:
                 await self._programs.finished(program, timeout_seconds=_LEAVE_SECONDS)
         self._display.say(f"trained {status.ledger.trained:,} trajectories in {status.version.step} steps")
-        return Trained(status=status, accuracy_before=before, killed_at=killed_at)
+        return Trained(status=status, accuracy_before=before.result(), killed_at=killed_at)
 
     async def _watch(self, run: RunClient) -> tuple[pb.GetStatusResponse, float | None]:
         """Shows the run until it is finished; returns its last state, and when an actor was killed."""
@@ -183,6 +182,11 @@ class Quickstart:
         actor = await self._programs.start(name, arguments, may_finish=True, is_client=True)
         self._actors.append(actor)
         return actor
+
+    async def _evaluate_before(self, warm_started: Path) -> float:
+        accuracy = await self._evaluate(warm_started, "before")
+        self._display.say(f"held-out accuracy before training: {accuracy:.3f}")
+        return accuracy
 
     async def _evaluate(self, policy: Path, when: str) -> float:
         result = self._folder / f"accuracy-{when}.json"

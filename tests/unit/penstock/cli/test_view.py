@@ -156,6 +156,10 @@ def add(rewards: RewardHistory, step: int, reward: float) -> None:
     rewards.add(pb.GetStatusResponse(version=version(step), metrics={"reward_mean": reward}))
 
 
+def test_a_line_of_a_run_without_a_version_says_so() -> None:
+    assert line(pb.GetStatusResponse(num_steps=100)).startswith("version none yet of 100  reward -")
+
+
 @pytest.mark.parametrize("with_metrics", [True, False])
 def test_a_line_for_logs(with_metrics: bool) -> None:
     status = a_status()
