@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from learner.training.config import GrpoConfig, OptimizerConfig, Precision
+from learner.training.config import Device, GrpoConfig, OptimizerConfig, Precision
 from learner.training.grpo import Grpo
 from learner.training.model import load_policy
 from learner.training.optimizer import make_optimizer
 from learner.training.packing import TokenSequence
-from learner.training.parallel import Ranks
+from learner.training.parallel import Ranks, open_ranks, place
 from learner.training.publish import Publisher
 from learner.training.updater import Snapshot, Updater
 from penstock.trajectory import PolicyVersion
@@ -96,3 +96,21 @@ def test_half_precision_is_published_in_half_precision(folder: Path) -> None:
     for tensor in sink.tensors:
         assert tensor.dtype == "BF16"
         assert tensor.data.size == 2 * torch.Size(tensor.shape).numel()
+
+
+def test_half_precision_computes_in_bfloat16_on_float32_masters(folder: Path) -> None:
+    ranks = open_ranks(Device.CPU, Precision.BFLOAT16)
+    try:
+        policy = load_policy(folder)
+        place(policy, ranks, Precision.BFLOAT16)
+        optimizer = make_optimizer(policy, OptimizerConfig(learning_rate=1e-3))
+        updater = Updater(policy, optimizer, ranks, row_tokens=64, max_grad_norm=1.0)
+        grpo = Grpo(updater, GrpoConfig(updates_per_step=2), seed=0)
+        half = [grpo.step(make_batch(step), VERSION, learning_rate=1e-3).metrics for step in range(3)][-1]
+        assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
+    finally:
+        ranks.close()
+    full, _ = train(folder, row_tokens=64, updates=2)
+    assert half["entropy"] != full["entropy"]
+    for name in ("loss", "kl", "entropy"):
+        assert half[name] == pytest.approx(full[name], rel=0.05, abs=0.02)
