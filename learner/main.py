@@ -94,6 +94,9 @@ async def _train(settings: RunConfig, address: str, coordinator: Child, stop: St
         trainer = await Child.start("trainer", command)
         try:
             await _first_to_end(trainer, coordinator, stop)
+            if coordinator.status == 0:
+                # It ends by itself only after the run: the trainer is on its way out too.
+                await trainer.wait_at_most(_TRAINER_GRACE_SECONDS)
         finally:
             status = await trainer.stop(grace_seconds=_TRAINER_GRACE_SECONDS)
         if stop.is_set() or status in (0, _BAD_INPUT):
@@ -123,8 +126,5 @@ async def _first_to_end(trainer: Child, coordinator: Child, stop: Stop) -> None:
 
 async def _farewell(coordinator: Child) -> None:
     """The run is finished: the coordinator sends the actors home, and ends by itself."""
-    try:
-        async with asyncio.timeout(_FAREWELL_SECONDS):
-            await coordinator.wait()
-    except TimeoutError:
+    if not await coordinator.wait_at_most(_FAREWELL_SECONDS):
         _log.warning("the coordinator still runs %.0f s after the run's end; stopping it", _FAREWELL_SECONDS)

@@ -43,6 +43,15 @@ class Child:
         """The exit status, once there is one. Bounded by the life of the process."""
         return await self._process.wait()
 
+    async def wait_at_most(self, seconds: float) -> bool:
+        """Whether the process ended within `seconds`."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._process.wait()
+        except TimeoutError:
+            return False
+        return True
+
     async def ready_line(self, prefix: str, *, timeout_seconds: float) -> str | None:
         """What follows `prefix` on the first line of output that begins with it.
 
@@ -66,10 +75,7 @@ class Child:
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGTERM)
-            try:
-                async with asyncio.timeout(grace_seconds):
-                    await self._process.wait()
-            except TimeoutError:
+            if not await self.wait_at_most(grace_seconds):
                 _log.error("%s did not stop within %.0f s of SIGTERM; killing it", self.name, grace_seconds)
                 with contextlib.suppress(ProcessLookupError):
                     self._process.kill()

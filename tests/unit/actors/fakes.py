@@ -84,7 +84,9 @@ class ScriptedEpisode:
 class ScriptedClient:
     """An EnvironmentClient whose steps give the next of `results`."""
 
-    def __init__(self, prompt: str, results: Sequence[StepResult | EnvironmentFault], *, max_turns: int = 1) -> None:
+    def __init__(
+        self, prompt: str, results: Sequence[StepResult | EnvironmentFault], *, max_turns: int = 1
+    ) -> None:
         self.prompt = prompt
         self.results = list(results)
         self.actions: list[str] = []

@@ -48,4 +48,6 @@ def test_a_turn_cut_at_a_limit_gets_its_end_token_from_the_template():
 
 def test_special_tokens_are_no_part_of_the_text():
     made = tokenizer(None)
-    assert Renderer(made).text([*made("ab", add_special_tokens=False)["input_ids"], made.eos_token_id]) == "ab"
+    assert (
+        Renderer(made).text([*made("ab", add_special_tokens=False)["input_ids"], made.eos_token_id]) == "ab"
+    )

@@ -53,7 +53,9 @@ async def test_an_episode_of_one_turn():
     assert client.actions == ["cba"], "special tokens are not part of what the policy said"
     assert trajectory.token_ids.tolist() == [*ids("abc="), *ids("cba"), EOS]
     assert trajectory.loss_mask.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
-    np.testing.assert_allclose(trajectory.logprobs[4:], [-0.1 * token for token in [*ids("cba"), EOS]], rtol=1e-6)
+    np.testing.assert_allclose(
+        trajectory.logprobs[4:], [-0.1 * token for token in [*ids("cba"), EOS]], rtol=1e-6
+    )
     assert trajectory.versions == (VersionSpan(OLD, 4),)
     assert trajectory.reward == Reward.valid(1.0)
     assert trajectory.finish_reason is FinishReason.DONE

@@ -32,12 +32,12 @@ class Learner(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self.holding = asyncio.Event()
         self.holding.set()
 
-    async def Join(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+    async def Join(self, request, context):  # type: ignore[no-untyped-def]
         self.sessions.append(f"s{len(self.sessions)}")
         self.stored[self.sessions[-1]] = []
         return pb.JoinResponse(session_id=self.sessions[-1], credits=CREDITS)
 
-    async def Submit(self, request_iterator, context):  # type: ignore[no-untyped-def]  # noqa: N802
+    async def Submit(self, request_iterator, context):  # type: ignore[no-untyped-def]
         if self.abort_with is not None:
             await context.abort(self.abort_with, "as told")
         limit = self.breaks_after.pop(0) if self.breaks_after else None

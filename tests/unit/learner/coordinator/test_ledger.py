@@ -92,7 +92,12 @@ def test_a_run_goes_on_where_it_was(path: Path):
 
 def test_accepted_is_the_sum_of_the_states(path: Path):
     ledger = Ledger(path)
-    states = [TrajectoryState.PENDING, TrajectoryState.PENDING, TrajectoryState.SURPLUS, TrajectoryState.STALE]
+    states = [
+        TrajectoryState.PENDING,
+        TrajectoryState.PENDING,
+        TrajectoryState.SURPLUS,
+        TrajectoryState.STALE,
+    ]
     ledger.write_blocking([*group(0, 4), *(stored(0, slot, state) for slot, state in enumerate(states))])
     ledger.write_blocking([BatchTrained(step=0, group_ids=(0,))])
     totals = ledger.totals()

@@ -63,7 +63,9 @@ def test_log_probabilities_are_at_most_zero():
 
 @pytest.mark.parametrize("token", [-1, LIMITS.vocab_size, 2**31 - 1])
 def test_token_ids_are_in_the_vocabulary(token: int):
-    assert code_of(token_ids=np.array([1, 2, 3, 4, token], dtype=np.int32)) is RejectionCode.TOKEN_OUT_OF_RANGE
+    assert (
+        code_of(token_ids=np.array([1, 2, 3, 4, token], dtype=np.int32)) is RejectionCode.TOKEN_OUT_OF_RANGE
+    )
 
 
 @pytest.mark.parametrize("mask", [[0, 0, 0, 0, 0], [0, 0, 1, 1, 2], [1, 1, 1, 1, 1]])
@@ -82,7 +84,9 @@ def test_a_mask_marks_sampled_tokens_after_a_prompt(mask: list[int]):
         ((VersionSpan(PolicyVersion(9, 9), 3),), RejectionCode.UNKNOWN_VERSION),
     ],
 )
-def test_versions_cover_the_sampled_tokens_and_were_published(spans: tuple[VersionSpan, ...], code: RejectionCode):
+def test_versions_cover_the_sampled_tokens_and_were_published(
+    spans: tuple[VersionSpan, ...], code: RejectionCode
+):
     assert code_of(versions=spans) is code
 
 
