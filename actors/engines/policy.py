@@ -36,11 +36,16 @@ def load_architecture(folder: Path) -> Architecture:
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{folder}/config.json cannot be used: {error}") from error
     text = config.get_text_config()
+    try:
+        vocab_size, max_context = text.vocab_size, text.max_position_embeddings
+    except AttributeError as error:
+        raise ConfigError(f"the torch engine cannot run this policy: {error}") from error
     return Architecture(
         config=config,
-        stop_ids=frozenset(_stop_ids(folder, text)),
-        vocab_size=text.vocab_size,
-        max_context=text.max_position_embeddings,
+        # Some configurations name defaults of a larger vocabulary.
+        stop_ids=frozenset(token for token in _stop_ids(folder, text) if token < vocab_size),
+        vocab_size=vocab_size,
+        max_context=max_context,
     )
 
 

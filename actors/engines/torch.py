@@ -67,7 +67,7 @@ class TorchEngine:
             raise ConfigError(f"max_context is {max_context}; expected 2 to {limit}, the policy's own limit")
         self._num_slots = num_slots
         self._max_context = max_context or limit
-        self._device = torch.device(device)
+        self._device = _device(device)
         self._dtype = dtype
         self._stream_seconds = stream_seconds
         self._model: PreTrainedModel | None = None
@@ -75,6 +75,7 @@ class TorchEngine:
         self._worker: Worker | None = None
         self._streams: dict[Running, _Stream] = {}
         self._stopped = False
+        self._crash: Exception | None = None
         self._num_installs = 0
         self._max_install_seconds = 0.0
 
@@ -178,7 +179,14 @@ class TorchEngine:
             if stream is not None:
                 stream.fail(error)
 
+    def crash(self, error: Exception) -> None:
+        """In the event loop: the compute thread is dead, and every request with it."""
+        self._crash = error
+        self.fail(list(self._streams), error)
+
     def _running(self) -> Worker:
+        if self._crash is not None:
+            raise EngineFault(f"the engine crashed: {self._crash}") from self._crash
         if self._worker is None:
             raise EngineFault("the engine is stopped" if self._stopped else "the engine was not started")
         return self._worker
@@ -209,6 +217,9 @@ class _LoopOutbox:
 
     def fail(self, sequences: Sequence[Running], error: Exception) -> None:
         self._loop.call_soon_threadsafe(self._engine.fail, sequences, error)
+
+    def crash(self, error: Exception) -> None:
+        self._loop.call_soon_threadsafe(self._engine.crash, error)
 
 
 class _Stream:
@@ -241,6 +252,13 @@ class _Stream:
         return self._chunks.popleft()
 
 
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used: {error}") from error
+
+
 def _build(architecture: Architecture, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
     """Builds the model, and runs one token through it: what it lacks is told at the start."""
     model = build_model(architecture, device, dtype or torch.float32)
@@ -249,8 +267,11 @@ def _build(architecture: Architecture, device: torch.device, dtype: torch.dtype 
     )
     first = torch.zeros(1, dtype=torch.int64, device=device)
     cache.step = Prefill(rows_B=first, slots_B=first)
-    with torch.inference_mode():
-        prompt_logits(model, cache, [np.zeros(1, dtype=np.int32)])
+    try:
+        with torch.inference_mode():
+            prompt_logits(model, cache, [np.zeros(1, dtype=np.int32)])
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ConfigError(f"the torch engine cannot run {type(model).__name__}: {error}") from error
     if not all(layer.is_initialized for layer in cache.slot_layers):
         raise ConfigError(
             f"{type(model).__name__} has layers without a key-value cache, which the torch engine cannot run; "

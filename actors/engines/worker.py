@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
 from actors.engines.decoder import Decoder, Emission, Running
+from penstock.errors import EngineFault
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +29,13 @@ class Outbox(Protocol):
 
     def deliver(self, emissions: Sequence[Emission]) -> None: ...
 
-    def fail(self, sequences: Sequence[Running], error: Exception) -> None: ...
+    def fail(self, sequences: Sequence[Running], error: Exception) -> None:
+        """These sequences end with an error; the engine goes on."""
+        ...
+
+    def crash(self, error: Exception) -> None:
+        """The thread is dead: nothing that was asked of it will be answered."""
+        ...
 
 
 class Worker:
@@ -55,6 +62,8 @@ class Worker:
         """Runs a command between two steps. Cancelling the future before that withdraws it."""
         future: Future[ResultT] = Future()
         self._commands.put((command, future))
+        if not self._thread.is_alive():
+            self._refuse_commands()
         return future
 
     def stop(self, timeout_seconds: float) -> bool:
@@ -69,6 +78,23 @@ class Worker:
         self._outbox.deliver(decoder.abort_all())
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:  # noqa: BLE001 - told to every reader
+            _log.exception("the compute thread died")
+            self._stopping = True
+            self._outbox.crash(error)
+        finally:
+            self._refuse_commands()
+
+    def _refuse_commands(self) -> None:
+        """Answers those that came too late."""
+        while not self._commands.empty():
+            _, future = self._commands.get()
+            if future.set_running_or_notify_cancel():
+                future.set_exception(EngineFault("the engine has ended"))
+
+    def _work(self) -> None:
         while not self._stopping:
             self._obey()
             if self._decoder.has_work and not self._stopping:
