@@ -52,9 +52,10 @@ class ScriptedEngine:
     async def stop(self) -> None: ...
 
 
-def chunk(
-    *token_ids: int, version: PolicyVersion = PolicyVersion(1, 0), stop: StopReason | None = None
-) -> GenerationChunk:
+FIRST = PolicyVersion(1, 0)
+
+
+def chunk(*token_ids: int, version: PolicyVersion = FIRST, stop: StopReason | None = None) -> GenerationChunk:
     """Log-probabilities are -0.1 times the token's id."""
     return GenerationChunk(
         token_ids=token_ids,

@@ -28,7 +28,7 @@ class Learner(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self.stored: dict[str, list[str]] = {}
         self.breaks_after: list[int] = []
         self.abort_with: grpc.StatusCode | None = None
-        self.most_in_flight = 0
+        self.received = asyncio.Event()
         self.holding = asyncio.Event()
         self.holding.set()
 
@@ -48,7 +48,7 @@ class Learner(coordinator_pb2_grpc.CoordinatorServiceServicer):
             for item in request.items:
                 if item.sequence == len(stored) + 1:
                     stored.append(item.release.lease_id)
-            self.most_in_flight = max(self.most_in_flight, len(request.items))
+            self.received.set()
             if limit is not None and len(stored) >= limit:
                 return  # stored, but never acknowledged
             await self.holding.wait()
@@ -122,9 +122,8 @@ async def test_no_more_is_in_flight_than_the_credits_allow():
         task = asyncio.create_task(uplink.run())
         for n in range(10):
             await uplink.put(item(str(n)))
-        while not learner.stored["s0"]:
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.1)
+        await learner.received.wait()
+        await asyncio.sleep(0.1)  # time enough to send too much
         assert len(learner.stored["s0"]) <= CREDITS.num_trajectories
         learner.holding.set()
         assert await uplink.flush(20.0)

@@ -355,7 +355,7 @@ def test_an_unknown_lease_is_rejected():
     version = start(scheduler)
     submit = Submitter(scheduler, join(scheduler))
     lease = acquire(scheduler, submit.session_id, version, num=1)[0]
-    for forged in ("", "7.0.0", "0.0.1", "0.9.0", "x.y.z", "-1.0.0", "0.0.0.0", "٣.٠.٠"):
+    for forged in ("", "7.0.0", "0.0.1", "0.9.0", "x.y.z", "-1.0.0", "0.0.0.0", "\u0663.\u0660.\u0660"):
         assert submit(make_message(lease, version, lease_id=forged)).code is RejectionCode.UNKNOWN_LEASE
     assert submit(make_message(lease, version)).state is TrajectoryState.PENDING
 
