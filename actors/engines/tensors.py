@@ -33,6 +33,9 @@ class WeightUpdate:
         """Copies every tensor, in place. Nothing that it does can fail for the version's content."""
         for target, source in self.copies:
             target.copy_(source)
+        if any(target.is_cuda for target, _ in self.copies):
+            # Ends the pause when it ends: copies on a GPU only begin here.
+            torch.cuda.synchronize()
 
 
 def plan_update(model: nn.Module, staged: StagedWeights, *, convert: bool = False) -> WeightUpdate:
