@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
+import torch
+
 from actors.engines.decoder import Decoder, Emission, Running
 from penstock.errors import EngineFault
 
@@ -78,6 +80,8 @@ class Worker:
         self._outbox.deliver(decoder.abort_all())
 
     def _run(self) -> None:
+        # OpenMP and MKL count threads for each thread apart: the process's setting is made this one's.
+        torch.set_num_threads(torch.get_num_threads())
         try:
             self._work()
         except Exception as error:  # noqa: BLE001 - told to every reader
