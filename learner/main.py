@@ -22,7 +22,7 @@ import uvloop
 from learner.config import RunConfig
 from learner.training.launch import launch_command
 from penstock import config, log
-from penstock.errors import ConfigError, PenstockError
+from penstock.errors import ConfigError, PenstockError, TrainingDiverged
 from penstock.policy_files import read_policy_folder
 from penstock.processes import Child
 from penstock.signals import Stop
@@ -35,7 +35,8 @@ _COORDINATOR_START_SECONDS = 120.0
 _TRAINER_GRACE_SECONDS = 7.0
 _COORDINATOR_GRACE_SECONDS = 4.0
 _FAREWELL_SECONDS = 20.0
-_BAD_INPUT = 2
+_FINAL = (0, ConfigError.exit_status, TrainingDiverged.exit_status)
+"""Exit statuses of a trainer that need no second try."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -99,7 +100,7 @@ async def _train(settings: RunConfig, address: str, coordinator: Child, stop: St
                 await trainer.wait_at_most(_TRAINER_GRACE_SECONDS)
         finally:
             status = await trainer.stop(grace_seconds=_TRAINER_GRACE_SECONDS)
-        if stop.is_set() or status in (0, _BAD_INPUT):
+        if stop.is_set() or status in _FINAL:
             return status
         if coordinator.status is not None:
             raise PenstockError(

@@ -7,6 +7,7 @@
     ├── SessionFenced                 a newer session took over
     ├── LedgerError                   the ledger cannot be trusted to be durable; fatal
     ├── WeightTransferError           a version did not arrive whole; fetch again
+    ├── TrainingDiverged              step after step is not finite; exit status 3
     ├── EngineFault                   an engine failed while generating
     └── EnvironmentFault              an environment failed; carries the kind of fault
 
@@ -19,9 +20,14 @@ from enum import StrEnum
 class PenstockError(Exception):
     """The root of the tree."""
 
+    exit_status = 1
+    """Of a program that ends with this error."""
+
 
 class ConfigError(PenstockError, ValueError):
-    """A setting, file or flag that cannot be used. The command line exits with status 2."""
+    """A setting, file or flag that cannot be used."""
+
+    exit_status = 2
 
 
 class ProtocolError(PenstockError):
@@ -42,6 +48,12 @@ class LedgerError(PenstockError):
 
 class WeightTransferError(PenstockError):
     """A version did not arrive whole. Nothing was changed; fetch again."""
+
+
+class TrainingDiverged(PenstockError):
+    """Step after step has a non-finite loss or gradient. Starting again would not help."""
+
+    exit_status = 3
 
 
 class EngineFault(PenstockError):

@@ -28,6 +28,7 @@ from torch.distributed.elastic.rendezvous import registry as rendezvous_registry
 
 from learner.training.launch import RENDEZVOUS_VARIABLE
 from penstock import log
+from penstock.errors import ConfigError, TrainingDiverged
 
 _log = logging.getLogger(__name__)
 
@@ -103,13 +104,12 @@ def _signal(pid: int, number: int) -> None:
 
 
 def _status(result: RunResult) -> int:
-    """2 if a rank refused its input, 1 if any failed otherwise."""
+    """That of a rank whose failure no second try would mend, else 1 if any failed."""
     statuses = {rank: failure.exitcode for rank, failure in result.failures.items()}
     for rank, status in statuses.items():
         _log.info("rank %d ended with status %d", rank, status)
-    if 2 in statuses.values():
-        return 2
-    return 1 if statuses else 0
+    final = {ConfigError.exit_status, TrainingDiverged.exit_status} & set(statuses.values())
+    return max(final) if final else min(len(statuses), 1)
 
 
 if __name__ == "__main__":

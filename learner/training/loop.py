@@ -25,7 +25,7 @@ from learner.training.grpo import StepReport
 from learner.training.orders import Leave, Orders, Train, WriteCheckpoint
 from learner.training.parallel import Ranks
 from learner.training.publish import Publisher
-from penstock.errors import PenstockError
+from penstock.errors import TrainingDiverged
 from penstock.trajectory import PolicyVersion
 
 _log = logging.getLogger(__name__)
@@ -174,14 +174,14 @@ class Skips:
         self._in_a_row = 0
 
     def skip(self, position: Position, batch: Batch, reason: str) -> None:
-        """Has the batch quarantined. Raises PenstockError, naming trajectories, when it is one too many."""
+        """Has the batch quarantined. Raises TrainingDiverged, naming trajectories, when it is one too many."""
         self._in_a_row += 1
         self._ids += [trajectory.trajectory_id for trajectory in batch.trajectories()]
         _log.error("step %d is skipped: %s", position.step, reason)
         if self._ranks.is_first:
             self._coordinator.skip_step(epoch=position.epoch, step=position.step, reason=reason)
         if self._in_a_row == MAX_SKIPS:
-            raise PenstockError(
+            raise TrainingDiverged(
                 f"{MAX_SKIPS} steps in a row failed ({reason}); their trajectories are quarantined: "
                 + " ".join(self._ids)
             )

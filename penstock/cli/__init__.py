@@ -67,7 +67,7 @@ def run(target: str, argv: Sequence[str]) -> int:
         status: int = getattr(importlib.import_module(module), function)(list(argv))
     except PenstockError as error:
         print(f"penstock: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        return error.exit_status
     except KeyboardInterrupt:
         return 130
     return status

@@ -33,7 +33,8 @@ class Program:
     def __init__(self, name: str, arguments: list[str], folder: Path) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
-        environ = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(HERE), HF_HUB_OFFLINE="1")
+        path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+        environ = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=path, HF_HUB_OFFLINE="1")
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "penstock.cli", *arguments],
