@@ -53,8 +53,8 @@ async def _run(config: QuickstartConfig, folder: Path, display: Display) -> int:
     stop.on_signals()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, stop.set, "SIGHUP")
     async with Programs(folder / "logs") as programs:
-        # Imports torch, which takes seconds: only once the flags are known to be right.
-        from penstock.quickstart.stages import Quickstart
+        with display.working("importing torch"):
+            from penstock.quickstart.stages import Quickstart
 
         quickstart = Quickstart(config, folder, display, programs)
         summary = await unless_stopped(quickstart.run(), stop, name="quickstart")

@@ -24,8 +24,8 @@ from penstock.errors import PenstockError
 _log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.1
-_CLIENT_GRACE_SECONDS = 3.0
-_SERVER_GRACE_SECONDS = 6.0
+_CLIENT_GRACE_SECONDS = 4.0
+_SERVER_GRACE_SECONDS = 5.5
 _NUM_LOG_LINES = 15
 _ENVIRONMENT = {
     # One core a program: spinning thread pools on shared cores cost far more than they give.
@@ -157,7 +157,7 @@ class Programs:
             program.check()
 
     async def stop(self) -> None:
-        """SIGTERM, and SIGKILL after a grace: clients first, so that they leave in order. Takes 9 seconds at most."""
+        """SIGTERM, and SIGKILL after a grace: clients first, so that they leave in order. Takes less than 10 s."""
         running = [program for program in self._programs if program.is_running]
         await _stop_all([program for program in running if program.is_client], _CLIENT_GRACE_SECONDS)
         await _stop_all([program for program in running if not program.is_client], _SERVER_GRACE_SECONDS)
@@ -172,9 +172,8 @@ async def _stop_all(programs: Sequence[Program], grace_seconds: float) -> None:
             for program in programs:
                 await program.process.wait()
     except TimeoutError:
-        _log.warning(
-            "killed, for they did not stop in time: %s", ", ".join(p.name for p in programs if p.is_running)
-        )
+        slow = ", ".join(program.name for program in programs if program.is_running)
+        _log.warning("killed, for they did not end within %.1f s: %s", grace_seconds, slow)
         for program in programs:
             program.kill()
         for program in programs:
