@@ -164,6 +164,10 @@ def _varlen(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
+    if query_THD.shape[1] != key_TKD.shape[1]:
+        # torch 2.11's kernel wants as many heads of keys as of queries.
+        repeats = query_THD.shape[1] // key_TKD.shape[1]
+        key_TKD, value_TKD = (states.repeat_interleave(repeats, dim=1) for states in (key_TKD, value_TKD))
     out = varlen_attn(
         query_THD.contiguous(),
         key_TKD.contiguous(),
@@ -174,7 +178,6 @@ def _varlen(
         layout.max_length,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query_THD.shape[1] != key_TKD.shape[1],
     )
     assert isinstance(out, torch.Tensor)
     return out
