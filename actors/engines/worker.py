@@ -52,7 +52,7 @@ class Worker:
         self._stream_seconds = stream_seconds
         self._commands: queue.SimpleQueue[tuple[Callable[[Decoder], Any], Future[Any]]] = queue.SimpleQueue()
         self._stopping = False
-        self._next_tick = 0.0
+        self._next_tick = time.monotonic() + stream_seconds
         self._history: deque[tuple[float, int]] = deque()
         self.tokens_per_second = 0.0
         self._thread = threading.Thread(target=self._run, name="torch-engine", daemon=True)
