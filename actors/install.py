@@ -1,7 +1,8 @@
 """Brings announced versions into the engine: fetch, verify, install, confirm.
 
-Only the newest announcement counts: a fetch that is overtaken ends early. A transfer
-that fails changes nothing; it is tried again, with the newest manifest, until it works.
+Only the newest announcement counts, but a fetch that began runs to its end: were it
+given up for each newer version, a slow link would never install any. A transfer that
+fails changes nothing; it is tried again, with the newest manifest, until it works.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import threading
 
 from actors.engines.base import Engine
 from penstock.codec import manifest_from_wire
-from penstock.errors import ProtocolError, WeightTransferError
+from penstock.errors import WeightTransferError
 from penstock.trajectory import PolicyVersion
 from penstock.v1 import weights_pb2
 from penstock.weights.fetch import WeightFetcher
@@ -32,7 +33,7 @@ class Installer:
         self._fetch_seconds = fetch_seconds
         self._announced: Manifest | None = None
         self._changed = asyncio.Event()
-        self._overtaken = threading.Event()
+        self._abandoned = threading.Event()
         self.installed: tuple[PolicyVersion, str] | None = None
         """Version and digest of what the engine generates with, as confirmed by it."""
         self.installed_event = asyncio.Event()
@@ -42,32 +43,35 @@ class Installer:
         """Notes a published version. Raises ProtocolError."""
         manifest = manifest_from_wire(message)
         self._announced = manifest
-        self._overtaken.set()
         self._changed.set()
 
     async def run(self) -> None:
         """Installs what is announced, until cancelled."""
-        while True:
-            await self._changed.wait()
-            self._changed.clear()
-            self._overtaken = threading.Event()
-            manifest = self._announced
-            if manifest is None or self._is_installed(manifest):
-                continue
-            try:
-                await self._install(manifest, self._overtaken)
-            except (WeightTransferError, ProtocolError) as error:
-                if self._announced is manifest:
-                    _log.warning("version %s is not installed: %s; trying again", manifest.version, error)
-                    self._changed.set()
-                    await asyncio.sleep(_RETRY_SECONDS)
+        try:
+            while True:
+                await self._changed.wait()
+                self._changed.clear()
+                manifest = self._announced
+                if manifest is not None and not self._is_installed(manifest):
+                    await self._try(manifest)
+        finally:
+            # A cancelled task does not end the thread that fetches.
+            self._abandoned.set()
+
+    async def _try(self, manifest: Manifest) -> None:
+        try:
+            await self._install(manifest)
+        except WeightTransferError as error:
+            _log.warning("version %s is not installed: %s; trying again", manifest.version, error)
+            self._changed.set()
+            await asyncio.sleep(_RETRY_SECONDS)
 
     def _is_installed(self, manifest: Manifest) -> bool:
         return self.installed == (manifest.version, manifest.digest)
 
-    async def _install(self, manifest: Manifest, overtaken: threading.Event) -> None:
+    async def _install(self, manifest: Manifest) -> None:
         staged = await asyncio.to_thread(
-            self._fetcher.fetch, manifest, timeout_seconds=self._fetch_seconds, superseded=overtaken
+            self._fetcher.fetch, manifest, timeout_seconds=self._fetch_seconds, abandoned=self._abandoned
         )
         report = await self._engine.install(staged)
         if report.digest != manifest.digest:

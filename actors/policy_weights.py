@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from penstock.errors import ConfigError
 from penstock.trajectory import PolicyVersion
-from penstock.weights.manifest import (
-    CHUNK_BYTES,
-    HostTensor,
-    Manifest,
-    chunk_digest,
-    plan_layout,
-    table_digest,
-)
-from penstock.weights.staged import StagedWeights
+from penstock.weights.manifest import HostTensor
+from penstock.weights.staged import StagedWeights, stage
 
 _HEADER_BYTES = 8
 _MAX_HEADER_BYTES = 100 * 1024 * 1024
@@ -29,25 +22,7 @@ def stage_policy(folder: Path, version: PolicyVersion) -> StagedWeights:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ConfigError(f"policy {folder}: holds no *.safetensors file; expected the model's weights")
-    return _stage(version, [tensor for file in files for tensor in _tensors(file)])
-
-
-def _stage(version: PolicyVersion, tensors: Sequence[HostTensor]) -> StagedWeights:
-    entries, num_bytes = plan_layout(tensors)
-    buffer = np.zeros(num_bytes, dtype=np.uint8)
-    for entry, tensor in zip(entries, tensors, strict=True):
-        buffer[entry.offset : entry.offset + entry.num_bytes] = tensor.data
-    starts = range(0, num_bytes, CHUNK_BYTES)
-    digests = tuple(chunk_digest(buffer[start : start + CHUNK_BYTES]) for start in starts)
-    manifest = Manifest(
-        version=version,
-        tensors=entries,
-        num_bytes=num_bytes,
-        chunk_bytes=CHUNK_BYTES,
-        chunk_digests=digests,
-        digest=table_digest(entries, CHUNK_BYTES, digests),
-    )
-    return StagedWeights(manifest=manifest, buffer=buffer)
+    return stage(version, [tensor for file in files for tensor in _tensors(file)])
 
 
 def _tensors(path: Path) -> Iterator[HostTensor]:

@@ -42,15 +42,15 @@ class WeightFetcher:
         self._spare = _Buffer()
 
     def fetch(
-        self, manifest: Manifest, *, timeout_seconds: float, superseded: threading.Event | None = None
+        self, manifest: Manifest, *, timeout_seconds: float, abandoned: threading.Event | None = None
     ) -> StagedWeights:
         """Tries the manifest's media in order, for the chunks that are not here already.
 
-        superseded: set when the version is wanted no more; ends the fetch early.
+        abandoned: set when the version is wanted no more; ends the fetch early.
         Raises WeightTransferError; then what was fetched before is unchanged.
         """
         patience = Patience(
-            deadline=time.monotonic() + timeout_seconds, superseded=superseded or threading.Event()
+            deadline=time.monotonic() + timeout_seconds, abandoned=abandoned or threading.Event()
         )
         staging = self._spare
         staging.prepare(manifest, self._newest)

@@ -147,12 +147,12 @@ class WeightTransportSuite:
         assert_holds(fetcher.fetch(manifest, timeout_seconds=SECONDS), tensors(seed=0))
         assert receiver.asked == [3]
 
-    def test_a_fetch_that_is_superseded_ends(self, ring: SegmentRing, fetcher: WeightFetcher) -> None:
-        superseded = threading.Event()
-        superseded.set()
+    def test_a_fetch_that_is_abandoned_ends(self, ring: SegmentRing, fetcher: WeightFetcher) -> None:
+        abandoned = threading.Event()
+        abandoned.set()
         manifest = self.publish(ring, 0, tensors())
-        with pytest.raises(WeightTransferError, match="superseded"):
-            fetcher.fetch(manifest, timeout_seconds=SECONDS, superseded=superseded)
+        with pytest.raises(WeightTransferError, match="abandoned"):
+            fetcher.fetch(manifest, timeout_seconds=SECONDS, abandoned=abandoned)
         assert_holds(fetcher.fetch(manifest, timeout_seconds=SECONDS), tensors())
 
     def test_what_was_fetched_last_stays_intact_while_the_next_is_staged(

@@ -24,12 +24,12 @@ class Patience:
 
     deadline: float
     """On the clock of time.monotonic."""
-    superseded: threading.Event
+    abandoned: threading.Event
 
     def check(self, waiting_for: str) -> None:
         """Raises WeightTransferError when there is no point in going on."""
-        if self.superseded.is_set():
-            raise WeightTransferError(f"superseded by a newer version while waiting for {waiting_for}")
+        if self.abandoned.is_set():
+            raise WeightTransferError(f"abandoned while waiting for {waiting_for}")
         if time.monotonic() > self.deadline:
             raise WeightTransferError(f"out of time while waiting for {waiting_for}")
 

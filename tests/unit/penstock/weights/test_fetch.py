@@ -109,20 +109,20 @@ def test_a_deadline_ends_a_fetch() -> None:
         fetcher.fetch(wanted.manifest, timeout_seconds=-1)
 
 
-def test_being_superseded_is_not_a_reason_to_try_the_next_medium() -> None:
-    superseded = threading.Event()
+def test_being_abandoned_is_not_a_reason_to_try_the_next_medium() -> None:
+    abandoned = threading.Event()
     wanted = version(0, media=(SHARED, NETWORK))
     network = FakeReceiver(ZeromqMedium, [wanted])
 
     class Superseding(FakeReceiver):
         def chunks(self, *args: object) -> Iterator[Chunk]:
-            superseded.set()
+            abandoned.set()
             raise WeightTransferError("gone")
             yield  # type: ignore[unreachable]
 
     fetcher = WeightFetcher([Superseding(SharedMemoryMedium), network])
-    with pytest.raises(WeightTransferError, match="superseded"):
-        fetcher.fetch(wanted.manifest, timeout_seconds=10, superseded=superseded)
+    with pytest.raises(WeightTransferError, match="abandoned"):
+        fetcher.fetch(wanted.manifest, timeout_seconds=10, abandoned=abandoned)
     assert network.num_chunks == 0
 
 

@@ -26,7 +26,7 @@ def ring() -> Iterator[SegmentRing]:
 
 
 def read(receiver: SharedMemoryReceiver, manifest: Manifest) -> Iterator[bytes]:
-    patience = Patience(deadline=time.monotonic() + 30, superseded=threading.Event())
+    patience = Patience(deadline=time.monotonic() + 30, abandoned=threading.Event())
     indices = range(len(manifest.chunk_digests))
     for _, data in receiver.chunks(manifest, manifest.media[0], indices, patience):
         yield data.tobytes()

@@ -301,7 +301,7 @@ def _answer(request: weights_pb2.ChunkRequest, chunk: bytes) -> list[bytes]:
 
 
 def _chunks_of(manifest: Manifest) -> list[bytes]:
-    patience = Patience(deadline=time.monotonic() + SECONDS, superseded=threading.Event())
+    patience = Patience(deadline=time.monotonic() + SECONDS, abandoned=threading.Event())
     receiver = SharedMemoryReceiver()
     indices = range(len(manifest.chunk_digests))
     return [
