@@ -48,8 +48,10 @@ async def run_until(installer: Installer, step: int) -> None:
     """Runs the installer until a version is installed."""
     task = asyncio.create_task(installer.run())
     async with asyncio.timeout(20):
+        change = installer.installed_event
         while installer.installed is None or installer.installed[0].step != step:
-            await asyncio.sleep(0.005)
+            await change.wait()
+            change = installer.installed_event
     task.cancel()
     await asyncio.wait([task])
 
