@@ -29,7 +29,7 @@ class QuickstartConfig:
     actors: int = 2
     steps: int = 100
     """Training steps, and so versions."""
-    warm_start_steps: int = 350
+    warm_start_steps: int = 450
     """Steps of supervised learning before. With fewer there is less for reinforcement to build on."""
 
     def __post_init__(self) -> None:
