@@ -26,7 +26,7 @@ quickstart: $(TO_RUN)
 	@$(BIN)/penstock quickstart $(ARGS)
 
 test: check
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(TO_DEVELOP)
 	$(BIN)/ruff check .
