@@ -11,12 +11,12 @@ import grpc
 
 from learner.config import FleetConfig
 from learner.coordinator.core import Coordinator, wait_until
+from learner.coordinator.decisions import Verdict
 from learner.coordinator.fleet import ActorInfo, ReportedStats
 from learner.coordinator.groups import LeaseOutcome
 from learner.coordinator.publications import Publications
 from learner.coordinator.records import TrajectoryState
 from learner.coordinator.refusals import refusals
-from learner.coordinator.scheduler import Verdict
 from learner.coordinator.validation import RejectionCode
 from penstock import PROTOCOL
 from penstock.codec import lease_to_wire, version_from_wire, version_to_wire

@@ -7,9 +7,10 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 
+from learner.coordinator.decisions import Revocation
 from learner.coordinator.explain import TrainerWait, why
 from learner.coordinator.ledger import Ledger, Totals
-from learner.coordinator.scheduler import Revocation, Scheduler
+from learner.coordinator.scheduler import Scheduler
 from penstock.signals import Stop
 
 

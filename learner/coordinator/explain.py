@@ -6,9 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from learner.coordinator.decisions import Waiting
 from learner.coordinator.fleet import ActorState
 from learner.coordinator.groups import Group
-from learner.coordinator.scheduler import Scheduler, Waiting
+from learner.coordinator.scheduler import Scheduler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
--- The ledger of one run. Written by learner/coordinator/ledger.py.
+-- The ledger of one run. Written by learner/coordinator/tables.py.
 -- Invariant: tallies['accepted'] = count(*) of trajectories, each in exactly one state.
 
 CREATE TABLE meta (

@@ -14,15 +14,13 @@ Data flow of one trajectory:
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
 
 from learner.config import FleetConfig, ScheduleConfig
 from learner.coordinator import validation
 from learner.coordinator.admission import Admission
 from learner.coordinator.batches import WaitFor, choose
+from learner.coordinator.decisions import Batch, EnvironmentFaults, History, Revocation, Verdict, Waiting
 from learner.coordinator.fleet import ActorInfo, Fleet, ReportedStats, Session
 from learner.coordinator.groups import Filled, Group, LeaseOutcome, Slot
 from learner.coordinator.leases import LeaseTable, LiveLease
@@ -54,54 +52,6 @@ from penstock.v1 import trajectory_pb2
 DEATHS_BEFORE_QUARANTINE = 3
 _RECENT_GROUPS = 1024
 _TICK_GAP_SECONDS = 2.0
-
-
-class History(Protocol):
-    """What the scheduler asks of the ledger, about groups that it holds no more."""
-
-    def has_trajectory(self, trajectory_id: str) -> bool: ...
-
-    def find_lease(self, lease_id: str) -> tuple[int, int] | None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """A trajectory's state, "duplicate", or a rejection with its code."""
-
-    state: TrajectoryState | None
-    code: RejectionCode | None = None
-    message: str = ""
-
-    @property
-    def is_duplicate(self) -> bool:
-        return self.state is None and self.code is None
-
-
-@dataclass(frozen=True, slots=True)
-class Revocation:
-    session_id: str
-    lease_id: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    step: int
-    groups: tuple[Group, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """Why there is no batch, and the groups that would bring one nearer."""
-
-    reason: str
-    groups: tuple[Group, ...] = ()
-
-
-@dataclass(slots=True)
-class EnvironmentFaults:
-    counts: Counter[FaultKind] = field(default_factory=Counter)
-    last: str = ""
 
 
 class Scheduler:

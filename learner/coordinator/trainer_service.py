@@ -9,10 +9,10 @@ from typing import Any
 import grpc
 
 from learner.coordinator.core import Coordinator, wait_until
+from learner.coordinator.decisions import Batch, Waiting
 from learner.coordinator.explain import TrainerWait
 from learner.coordinator.publications import Publications
 from learner.coordinator.refusals import refusals
-from learner.coordinator.scheduler import Batch, Waiting
 from penstock.codec import manifest_from_wire, version_from_wire
 from penstock.errors import ProtocolError
 from penstock.rpc import to_seconds

@@ -7,8 +7,9 @@ import itertools
 import numpy as np
 
 from learner.config import FleetConfig, ScheduleConfig
+from learner.coordinator.decisions import History
 from learner.coordinator.fleet import ActorInfo
-from learner.coordinator.scheduler import History, Scheduler
+from learner.coordinator.scheduler import Scheduler
 from learner.coordinator.tasks import TaskOrder, TaskSource
 from learner.coordinator.validation import Limits
 from penstock.codec import trajectory_to_wire

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from learner.config import FleetConfig
+from learner.coordinator.decisions import Batch
 from learner.coordinator.groups import LeaseOutcome
 from learner.coordinator.ledger import Ledger
 from learner.coordinator.records import GroupDropped, TrajectoryState
-from learner.coordinator.scheduler import Batch, Scheduler
+from learner.coordinator.scheduler import Scheduler
 from penstock.errors import PeerLost, SessionFenced
 from penstock.trajectory import Lease, PolicyVersion
 from penstock.v1 import trajectory_pb2

@@ -1,9 +1,9 @@
 import pytest
 
 from learner.config import FleetConfig
+from learner.coordinator.decisions import Batch, Waiting
 from learner.coordinator.groups import LeaseOutcome
 from learner.coordinator.records import BatchTrained, GroupDropped, LeaseEnded, TrajectoryState
-from learner.coordinator.scheduler import Batch, Waiting
 from learner.coordinator.validation import RejectionCode
 from penstock.errors import PeerLost, ProtocolError, SessionFenced
 from penstock.trajectory import PolicyVersion, VersionSpan

@@ -1,0 +1,60 @@
+"""What the scheduler answers, and what it asks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from learner.coordinator.groups import Group
+from learner.coordinator.records import TrajectoryState
+from learner.coordinator.validation import RejectionCode
+from penstock.errors import FaultKind
+
+
+class History(Protocol):
+    """What the scheduler asks of the ledger, about groups that it holds no more."""
+
+    def has_trajectory(self, trajectory_id: str) -> bool: ...
+
+    def find_lease(self, lease_id: str) -> tuple[int, int] | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A trajectory's state, "duplicate", or a rejection with its code."""
+
+    state: TrajectoryState | None
+    code: RejectionCode | None = None
+    message: str = ""
+
+    @property
+    def is_duplicate(self) -> bool:
+        return self.state is None and self.code is None
+
+
+@dataclass(frozen=True, slots=True)
+class Revocation:
+    session_id: str
+    lease_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    step: int
+    groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Why there is no batch, and the groups that would bring one nearer."""
+
+    reason: str
+    groups: tuple[Group, ...] = ()
+
+
+@dataclass(slots=True)
+class EnvironmentFaults:
+    counts: Counter[FaultKind] = field(default_factory=Counter)
+    last: str = ""
