@@ -46,9 +46,7 @@ class Placement:
             )
         return cls(pieces=tuple(pieces), num_bytes=num_bytes)
 
-    def write(
-        self, staged: StagedWeights, names: Mapping[str, str], segment: NDArray[np.uint8]
-    ) -> str:
+    def write(self, staged: StagedWeights, names: Mapping[str, str], segment: NDArray[np.uint8]) -> str:
         """Copies a version to its places. Returns the digest of what then lies there.
 
         names: each of the version's tensors, by the name that the pieces have for it.

@@ -21,7 +21,7 @@ import secrets
 import signal
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -64,6 +64,7 @@ class VllmEngine:
         self,
         policy: Path,
         *,
+        device: str = "cpu",
         num_slots: int = 64,
         max_context: int | None = None,
         dtype: torch.dtype | None = None,
@@ -82,6 +83,7 @@ class VllmEngine:
         if num_slots < 1:
             raise ConfigError(f"num_slots is {num_slots}; expected at least 1")
         self._folder = policy
+        self._device = torch.device(device)
         self._architecture = load_architecture(policy)
         limit = self._architecture.max_context
         if max_context is not None and not 2 <= max_context <= limit:
@@ -191,7 +193,7 @@ class VllmEngine:
             **self._parallel,
         }
         _log.info("starting vLLM in %s; this takes about a minute", dtype)
-        launch = _Vllm.launch(self._folder, self._architecture, dtype, arguments)
+        launch = _Vllm.launch(self._folder, self._architecture, self._device, dtype, arguments)
         return await _within(_START_SECONDS, "vLLM to start", launch)
 
     async def _vllm_for(self, staged: StagedWeights) -> _Vllm:
@@ -212,13 +214,15 @@ class VllmEngine:
             # What is in place now is not known: no token may come from it.
             self._crash = error
             await vllm.stop(self._requests)
+            if isinstance(error, Exception):
+                raise EngineFault(f"vLLM failed while switching weights: {error}") from error
             raise
         self._installed = version
         return pause
 
     async def _stream(
         self, name: str, request: GenerationRequest, limit: int
-    ) -> AsyncIterator[GenerationChunk]:
+    ) -> AsyncGenerator[GenerationChunk, None]:
         vllm = self._running()
         num_sent = 0
         async with contextlib.aclosing(
@@ -278,10 +282,15 @@ class _Vllm:
 
     @classmethod
     async def launch(
-        cls, folder: Path, architecture: Architecture, dtype: torch.dtype, arguments: dict[str, Any]
+        cls,
+        folder: Path,
+        architecture: Architecture,
+        device: torch.device,
+        dtype: torch.dtype,
+        arguments: dict[str, Any],
     ) -> _Vllm:
         model = build_model(architecture, torch.device("meta"), dtype)
-        llm = await asyncio.to_thread(_make, folder, model, arguments)
+        llm = await asyncio.to_thread(_make, folder, model, device, arguments)
         vllm = cls(llm, model, dtype, architecture.stop_ids)
         try:
             await vllm._prepare()
@@ -320,7 +329,7 @@ class _Vllm:
 
     async def generate(
         self, name: str, request: GenerationRequest, limit: int, stream_tokens: int, *, salt: str
-    ) -> AsyncIterator[_Output]:
+    ) -> AsyncGenerator[_Output, None]:
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         prompt = {"prompt_token_ids": request.prompt_ids.tolist(), "cache_salt": salt}
@@ -335,7 +344,10 @@ class _Vllm:
             raise EngineFault(f"vLLM failed while computing this request: {cause}") from error
 
     async def stop(self, requests: Iterable[str]) -> None:
-        with contextlib.suppress(Exception):
+        """Ends requests as aborted, then the processes; kills those that do not end by themselves."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        with contextlib.suppress(EngineDeadError):
             await self._llm.abort(list(requests))
         await asyncio.to_thread(self._llm.shutdown, _STOP_SECONDS)
 
@@ -346,9 +358,10 @@ class _Vllm:
         share = self._llm.vllm_config.parallel_config.world_size == 1
         try:
             plans = await self._llm.collective_rpc("plan_weights", args=(rows, share))
-        except Exception as error:
+        except Exception as error:  # vLLM wraps whatever its worker raised in it
             raise ConfigError(
-                f"vLLM cannot change the weights of {type(self._model).__name__} in place: {error}; use the torch engine"
+                f"vLLM cannot change the weights of {type(self._model).__name__} in place: {error}; "
+                "use the torch engine"
             ) from error
         num_bytes, pieces = plans[0]
         self._placement = Placement.of(tensors, pieces, num_bytes)
@@ -408,15 +421,19 @@ class _TokenCount:
         return (recent[-1][1] - recent[0][1]) / max(recent[-1][0] - recent[0][0], 1e-3)
 
 
-def _make(folder: Path, model: PreTrainedModel, arguments: dict[str, Any]) -> AsyncLLM:
+def _make(folder: Path, model: PreTrainedModel, device: torch.device, arguments: dict[str, Any]) -> AsyncLLM:
     """Starts vLLM. Blocks for about a minute."""
-    _set_environment()
+    _set_environment(device)
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    if current_platform.device_type != device.type:
+        raise ConfigError(
+            f"device is {str(device)!r}, but the installed vLLM is built for {current_platform.device_type!r}"
+        )
     text = model.config.get_text_config()
-    if current_platform.is_cpu():
+    if device.type == "cpu":
         arguments |= {
             "enforce_eager": True,
             "kv_cache_memory_bytes": _cache_bytes(text, model.dtype, arguments),
@@ -445,7 +462,7 @@ def _make(folder: Path, model: PreTrainedModel, arguments: dict[str, Any]) -> As
         signal.pthread_sigmask(signal.SIG_SETMASK, masked)
 
 
-def _set_environment() -> None:
+def _set_environment(device: torch.device) -> None:
     """Settings of vLLM's that are environment variables; what the user has set is kept."""
     defaults = {
         "VLLM_LOGGING_LEVEL": "WARNING",
@@ -457,14 +474,20 @@ def _set_environment() -> None:
         defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    if device.index is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            visible.split(",")[device.index] if visible else str(device.index)
+        )
 
 
 def _cache_bytes(text: Any, dtype: torch.dtype, arguments: dict[str, Any]) -> int:
     """Room for every slot's whole context, but at most half of the free memory."""
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    block_bytes = _CPU_BLOCK * 2 * text.num_hidden_layers * num_heads * head_dim * dtype.itemsize
-    num_blocks = arguments["max_num_seqs"] * -(-arguments["max_model_len"] // _CPU_BLOCK) + 1
+    head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    num_heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    num_layers: int = text.num_hidden_layers
+    block_bytes = _CPU_BLOCK * 2 * num_layers * num_heads * head_dim * dtype.itemsize
+    num_blocks: int = arguments["max_num_seqs"] * -(-arguments["max_model_len"] // _CPU_BLOCK) + 1
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(num_blocks * block_bytes, int(free * _MAX_SHARE_OF_MEMORY))
 
@@ -493,10 +516,10 @@ def _chunks(output: _Output, first: int) -> Iterable[GenerationChunk]:
     starts = output.version_starts
     end = first + len(output.token_ids)
     spans = []
-    for index, (version, start) in enumerate(starts):
+    for index, (label, start) in enumerate(starts):
         stop = min(end, starts[index + 1][1] if index + 1 < len(starts) else end)
         if max(start, first) < stop:
-            spans.append((_version(version), max(start, first) - first, stop - first))
+            spans.append((_version(label), max(start, first) - first, stop - first))
     for index, (version, start, stop) in enumerate(spans):
         yield GenerationChunk(
             token_ids=tuple(output.token_ids[start:stop]),
@@ -515,8 +538,8 @@ def _version(text: str) -> PolicyVersion:
 
 
 def _configured_dtype(architecture: Architecture) -> torch.dtype:
-    dtype = getattr(architecture.config.get_text_config(), "dtype", None)
-    return dtype if dtype in TORCH_DTYPES.values() else torch.float32
+    configured = getattr(architecture.config.get_text_config(), "dtype", None)
+    return next((dtype for dtype in TORCH_DTYPES.values() if dtype == configured), torch.float32)
 
 
 def _checkpoint(model: PreTrainedModel, dtype: torch.dtype) -> list[TensorEntry]:

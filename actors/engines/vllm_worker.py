@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import vllm._custom_ops
@@ -39,6 +40,9 @@ PieceRow = tuple[int, int, int]
 """Bytes that lie together in checkpoint and segment: offset in either, number."""
 
 
+_repacked: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
+
+
 def keep_weights_in_place() -> None:
     """On a CPU: lets linear layers multiply by their parameters, and not by packed copies of them."""
     vllm._custom_ops._supports_onednn = False
@@ -46,14 +50,14 @@ def keep_weights_in_place() -> None:
 
 
 def note_repacked_parameters() -> None:
-    """Has each model remember, as `penstock_repacked`, what is not as it was loaded any more."""
+    """Takes down which parameters of each model are not as they were loaded any more."""
     process = base_loader.process_weights_after_loading
 
     def process_and_compare(model: nn.Module, *args: Any) -> None:
         before = {name: (each, each.data_ptr()) for name, each in model.named_parameters()}
         process(model, *args)
         after = dict(model.named_parameters())
-        model.penstock_repacked = sorted(
+        _repacked[model] = sorted(
             name
             for name, (parameter, pointer) in before.items()
             if name in after and (after[name] is not parameter or after[name].data_ptr() != pointer)
@@ -98,11 +102,15 @@ class WeightInstaller:
         ValueError if the model cannot be updated in place.
         """
         model = self.model_runner.get_model()
-        if model.penstock_repacked:
-            raise ValueError(f"vLLM packs weights of this model: {', '.join(model.penstock_repacked[:3])}")
+        if _repacked[model]:
+            raise ValueError(f"vLLM packs weights of this model: {', '.join(_repacked[model][:3])}")
         num_bytes = max(offset + _num_bytes(dtype, shape) for _, dtype, shape, offset in tensors)
         checkpoint = torch.zeros(num_bytes, dtype=torch.uint8)
-        with set_current_vllm_config(self.vllm_config), torch.no_grad(), _CopyRecorder(checkpoint) as recorder:
+        with (
+            set_current_vllm_config(self.vllm_config),
+            torch.no_grad(),
+            _CopyRecorder(checkpoint) as recorder,
+        ):
             model.load_weights([(row[0], _view(checkpoint, row)) for row in tensors])
         _check_coverage(model, recorder.copies)
         self.penstock_copies = recorder.copies
@@ -146,11 +154,11 @@ class WeightInstaller:
         return time.perf_counter() - started
 
 
-class _CopyRecorder(TorchDispatchMode):
+class _CopyRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Takes down every copy out of a checkpoint's bytes."""
 
     def __init__(self, checkpoint: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._storage = checkpoint.untyped_storage().data_ptr()
         self.copies: list[Copy] = []
 
@@ -193,7 +201,7 @@ def _shared_layout(
             return None
         region = by_storage[target.untyped_storage().data_ptr()]
         start = region.offset + target.data_ptr() - region.parameter.data_ptr()
-        pieces.append((source.storage_offset() * source.itemsize, start, target.nbytes))
+        pieces.append((int(source.storage_offset()) * source.itemsize, start, target.nbytes))
     return list(regions.values()), end, pieces
 
 

@@ -289,6 +289,23 @@ class EngineSuite:
                 assert done.logprobs == pytest.approx(policy.logprobs(ids, done.token_ids), abs=TOLERANCE)
             assert engine.stats().num_installs - before == 10
 
+    async def test_a_change_of_one_tensor_shows_whichever_it_is(self, policy: Policy) -> None:
+        ids = prompt(9)
+        tokens = prompt(12, 1).tolist()
+        async with self.running(policy) as engine:
+            for step, (name, parameter) in enumerate(policy.model.named_parameters()):
+                before = policy.logprobs(ids, tokens)
+                with torch.no_grad():
+                    parameter += 0.5 * torch.randn(
+                        parameter.shape, generator=torch.Generator().manual_seed(step)
+                    )
+                assert policy.logprobs(ids, tokens) != pytest.approx(before, abs=TOLERANCE), name
+                version = PolicyVersion(1, step + 1)
+                await engine.install(policy.stage(version))
+                done = await complete(engine, request(ids, max_tokens=12, seed=step + 1))
+                expected = policy.logprobs(ids, done.token_ids)
+                assert done.logprobs == pytest.approx(expected, abs=TOLERANCE), name
+
     async def test_an_install_that_does_not_fit_changes_nothing(self, qwen: Policy) -> None:
         ids = prompt(5)
         good = host_tensors(qwen.model)

@@ -35,7 +35,8 @@ class TestVllmEngine(EngineSuite):
     unsupported = {"qwen3-moe": "vLLM packs the weights of experts on CPUs"}  # noqa: RUF012
 
     @pytest_asyncio.fixture(scope="class", loop_scope="class", autouse=True)
-    async def engines(self) -> AsyncIterator[None]:
+    @classmethod
+    async def engines(cls) -> AsyncIterator[None]:
         yield
         while _engines:
             await _engines.popitem()[1].stop()
