@@ -350,6 +350,8 @@ class _Vllm:
         with contextlib.suppress(EngineDeadError):
             await self._llm.abort(list(requests))
         await asyncio.to_thread(self._llm.shutdown, _STOP_SECONDS)
+        # __del__ would do so once more, when the modules that it needs may be gone.
+        self._llm.shutdown = lambda: None
 
     async def _prepare(self) -> None:
         """Finds out where tensors go, and has the workers map two segments."""
@@ -464,6 +466,7 @@ def _make(folder: Path, model: PreTrainedModel, device: torch.device, arguments:
 
 def _set_environment(device: torch.device) -> None:
     """Settings of vLLM's that are environment variables; what the user has set is kept."""
+    os.environ["PENSTOCK_ENGINE_OWNER"] = str(os.getpid())
     defaults = {
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",

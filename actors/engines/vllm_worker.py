@@ -10,11 +10,17 @@ model. The engine's calls arrive as methods of the worker, between two steps:
 On a CPU the parameters are pointed at a segment in the model's own layout, so that a
 switch copies nothing; otherwise they are copied into, where CUDA graphs know them.
 Both need weights that stay as they are after loading. vLLM's CPU kernels would pack
-them into handles of oneDNN's; this module turns that off.
+them into handles of oneDNN's; this module turns that off. It also ends vLLM's
+processes when the actor's is killed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -33,6 +39,8 @@ from vllm.model_executor.model_loader import base_loader
 from actors.engines.tensors import TORCH_DTYPES
 from penstock.weights.manifest import ALIGNMENT, SharedMemoryMedium
 from penstock.weights.segment import open_segment
+
+_END_SECONDS = 10.0
 
 TensorRow = tuple[str, str, list[int], int]
 """Of a checkpoint's tensor: name, dtype by safetensors' name, shape, offset in bytes."""
@@ -66,8 +74,23 @@ def note_repacked_parameters() -> None:
     base_loader.process_weights_after_loading = process_and_compare
 
 
+def end_with(owner: int) -> None:
+    """Ends EngineCore, this worker's parent, when the actor is gone; by itself it would stay for ever."""
+    core = os.getppid()
+    with contextlib.suppress(ProcessLookupError):
+        actor = os.pidfd_open(owner)
+        select.select([actor], [], [])
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(core, signal.SIGTERM)
+        time.sleep(_END_SECONDS)
+        os.kill(core, signal.SIGKILL)
+    os._exit(1)
+
+
 keep_weights_in_place()
 note_repacked_parameters()
+if owner := os.environ.get("PENSTOCK_ENGINE_OWNER"):
+    threading.Thread(target=end_with, args=(int(owner),), name="end with the actor", daemon=True).start()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
