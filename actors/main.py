@@ -140,7 +140,6 @@ async def _join(
     fetcher = WeightFetcher()
     stack.callback(fetcher.close)
     players = await _players(welcome, engine, folder, stack)
-    await engine.start()
     actor = Actor(
         session=session,
         engine=engine,

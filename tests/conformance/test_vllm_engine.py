@@ -5,11 +5,14 @@ Starting vLLM takes the better part of a minute, so tests of equal policies shar
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import psutil
 import pytest
 import pytest_asyncio
 
@@ -25,6 +28,20 @@ pytestmark = pytest.mark.skipif(
 
 _FEW_SLOTS = 1
 _MANY_SLOTS = 8
+
+_PROGRAM = """
+import asyncio, sys
+from pathlib import Path
+from actors.engines.vllm import VllmEngine
+
+async def main():
+    await VllmEngine(Path(sys.argv[1]), num_slots=1, max_context=64).start()
+    print("started", flush=True)
+    await asyncio.sleep(3600)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
 
 _engines: dict[tuple[str, int], Engine] = {}
 """Engines that have installed a version, by configuration and number of slots."""
@@ -78,3 +95,19 @@ class TestVllmEngine(EngineSuite):
         with pytest.raises(ConfigError, match="in place"):
             await engine.start()
         await engine.stop()
+
+    async def test_its_processes_end_when_the_actor_is_killed(self, qwen: Policy, tmp_path: Path) -> None:
+        program = tmp_path / "program.py"
+        program.write_text(_PROGRAM)
+        actor = await asyncio.create_subprocess_exec(
+            sys.executable, str(program), str(qwen.folder), stdout=asyncio.subprocess.PIPE
+        )
+        assert actor.stdout is not None
+        while (line := await actor.stdout.readline()) != b"started\n":
+            assert line, "the engine did not start"
+        children = psutil.Process(actor.pid).children(recursive=True)
+        assert len(children) >= 2
+        actor.kill()
+        await actor.wait()
+        _, alive = await asyncio.to_thread(psutil.wait_procs, children, timeout=60)
+        assert not alive
