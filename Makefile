@@ -30,7 +30,7 @@ quickstart: $(TO_RUN)
 	@$(BIN)/penstock quickstart $(ARGS)
 
 test: check
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(TO_DEVELOP)
 	$(BIN)/ruff check .
@@ -57,7 +57,7 @@ clean:
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than 3.11: run make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(TO_RUN): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV): torch and transformers take a few minutes"

@@ -31,7 +31,9 @@ class ScheduleConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"schedule.{name} is {getattr(self, name)}; expected at least 1")
         if self.group_size < 2:
-            raise ConfigError(f"schedule.group_size is {self.group_size}; a group's baseline needs at least 2")
+            raise ConfigError(
+                f"schedule.group_size is {self.group_size}; a group's baseline needs at least 2"
+            )
         if self.max_lag < 0:
             raise ConfigError(f"schedule.max_lag is {self.max_lag}; expected 0 (synchronous) or more")
         if not 0 <= self.pipeline_depth <= self.max_lag + 1:
@@ -104,7 +106,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if not self.environments:
-            raise ConfigError("environments is empty; expected at least one HOST:PORT of an environment server")
+            raise ConfigError(
+                "environments is empty; expected at least one HOST:PORT of an environment server"
+            )
         if self.sampling.temperature == 0 or self.sampling.top_p < 1 or self.sampling.top_k > 0:
             raise ConfigError(
                 f"sampling has temperature {self.sampling.temperature}, top_p {self.sampling.top_p} and top_k "

@@ -27,9 +27,9 @@ class QuickstartConfig:
     max_lag: int = 4
     """How many versions old a trajectory may be when it is trained on; 0 is synchronous."""
     actors: int = 2
-    steps: int = 100
+    steps: int = 120
     """Training steps, and so versions."""
-    warm_start_steps: int = 350
+    warm_start_steps: int = 450
     """Steps of supervised learning before. With fewer there is less for reinforcement to build on."""
 
     def __post_init__(self) -> None:

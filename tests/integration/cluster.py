@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,14 @@ PATIENCE_SECONDS = 120.0
 class Program:
     """A running command, its output in a file."""
 
-    def __init__(self, name: str, arguments: list[str], folder: Path) -> None:
+    def __init__(self, name: str, arguments: list[str], folder: Path, *, within: Sequence[str] = ()) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
         path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
         environ = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=path, HF_HUB_OFFLINE="1")
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "penstock.cli", *arguments],
+                [*within, sys.executable, "-m", "penstock.cli", *arguments],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -98,8 +98,9 @@ class Cluster:
         self.programs: list[Program] = []
         self._environments: list[str] = []
 
-    def start(self, name: str, *arguments: str) -> Program:
-        program = Program(name, list(arguments), self.folder)
+    def start(self, name: str, *arguments: str, within: Sequence[str] = ()) -> Program:
+        """Runs `penstock ARGUMENTS`; `within` is a command that runs the command after it."""
+        program = Program(name, list(arguments), self.folder, within=within)
         self.programs.append(program)
         return program
 
@@ -118,10 +119,9 @@ class Cluster:
         self.address = program.wait_for_line("learner ready on ")
         return program
 
-    def actor(self, name: str, *options: str) -> Program:
-        return self.start(
-            name, "actor", "--learner", self.address, "--name", name, "--num_slots", "8", *options
-        )
+    def actor(self, name: str, *options: str, within: Sequence[str] = ()) -> Program:
+        flags = ("--learner", self.address, "--name", name, "--num_slots", "8")
+        return self.start(name, "actor", *flags, *options, within=within)
 
     def write_config(self, *, num_steps: int) -> None:
         environments = ", ".join(f'"{address}"' for address in self._environments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import psutil
@@ -126,6 +127,32 @@ def test_ctrl_c_drains_every_process(run: Cluster):
     outcomes = dict(run.rows("SELECT outcome, count(*) FROM leases GROUP BY outcome"))
     assert None not in outcomes, "every lease of the drained actor was returned"
     assert run.totals().imbalance == 0
+
+
+def test_two_ranks_train_a_run(run: Cluster):
+    run.environment("toy_environments:Letters")
+    learner = run.learner("--training.num_ranks", "2", num_steps=4)
+    run.actor("a1")
+    assert learner.wait() == 0
+    check_balance(run, num_steps=4)
+
+
+OTHER_HOST = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$@"', "sh")
+"""Runs a command whose shared memory is not ours, as on another host."""
+
+
+@pytest.mark.skipif(
+    subprocess.run([*OTHER_HOST, "true"], capture_output=True, check=False).returncode != 0,
+    reason="this user may not make mount namespaces",
+)
+def test_an_actor_without_the_learners_shared_memory_takes_weights_over_zeromq(run: Cluster):
+    run.environment("toy_environments:Letters")
+    learner = run.learner(num_steps=4)
+    actor = run.actor("elsewhere", within=OTHER_HOST)
+    assert learner.wait() == 0
+    assert actor.wait() == 0
+    assert "over SharedMemoryMedium" in actor.output(), "the log says why the first medium was not taken"
+    check_balance(run, num_steps=4)
 
 
 def test_nothing_listens_beyond_loopback(run: Cluster):
