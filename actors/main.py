@@ -11,14 +11,13 @@ import tempfile
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import uvloop
 from transformers import AutoTokenizer
 
 from actors.engines.base import Engine
-from actors.engines.torch import TorchEngine
+from actors.engines.choose import EngineChoice, choose_device, choose_engine, make_engine
 from actors.install import Installer
 from actors.operator_service import SERVICE, ActorOperatorService
 from actors.render import Renderer
@@ -45,13 +44,18 @@ class ActorConfig:
     """HOST:PORT of the learner. All else comes with the join."""
     name: str = ""
     """Unique in the run; empty makes one from the host's name."""
-    engine: Literal["torch"] = "torch"
+    engine: EngineChoice = "auto"
+    """vllm, torch (every causal LM, any device), or auto: vllm if it is installed and the device is a GPU."""
     num_slots: int = 32
     """Sequences decoded at once."""
     max_context: int | None = None
     """Tokens that prompt and completion may hold together; by default the policy's own limit."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes cuda if there is one."""
+    tensor_parallel_size: int = 1
+    """GPUs that share each layer (vllm)."""
+    pipeline_parallel_size: int = 1
+    """Groups of such GPUs that share the layers (vllm)."""
     bind: str = "127.0.0.1:0"
     """Where this actor answers operators; port 0 takes a free one."""
     insecure: bool = False
@@ -64,7 +68,11 @@ class ActorConfig:
     """Finished work kept while the learner is away. Rollouts wait when it is full."""
 
     def __post_init__(self) -> None:
-        for name in ("num_slots", "connect_seconds", "patience_seconds", "spool_bytes"):
+        positive = (
+            "num_slots", "connect_seconds", "patience_seconds", "spool_bytes",
+            "tensor_parallel_size", "pipeline_parallel_size",
+        )  # fmt: skip
+        for name in positive:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected more than 0")
 
@@ -96,9 +104,10 @@ async def _join(
 ) -> Actor:
     """Joins the learner and makes everything that its answer asks for."""
     device = choose_device(settings.device)
+    engine_name = choose_engine(settings.engine, device)
     identity = Identity(
         actor_id=name,
-        engine=settings.engine,
+        engine=engine_name,
         num_slots=settings.num_slots,
         address=address,
         hostname=socket.gethostname(),
@@ -118,14 +127,19 @@ async def _join(
     welcome = await session.join(connect_seconds=settings.connect_seconds)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="penstock-policy-")))
     write_policy_files(folder, welcome.policy_files, await session.policy_files())
-    engine = TorchEngine(
-        folder, num_slots=settings.num_slots, max_context=settings.max_context, device=device
+    engine = make_engine(
+        engine_name,
+        folder,
+        device=device,
+        num_slots=settings.num_slots,
+        max_context=settings.max_context,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        pipeline_parallel_size=settings.pipeline_parallel_size,
     )
     stack.push_async_callback(engine.stop)
     fetcher = WeightFetcher()
     stack.callback(fetcher.close)
     players = await _players(welcome, engine, folder, stack)
-    await engine.start()
     actor = Actor(
         session=session,
         engine=engine,
@@ -169,15 +183,3 @@ async def _served(operators: ActorOperatorService, settings: ActorConfig) -> Asy
         yield f"{rpc.split_address(settings.bind)[0]}:{port}"
     finally:
         await server.stop(grace=0.5)
-
-
-def choose_device(wanted: str) -> str:
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise ConfigError(f"device is {wanted!r}; expected cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device is {wanted!r}, but this process sees no CUDA device")
-    return wanted

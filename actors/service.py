@@ -74,6 +74,7 @@ class Actor:
         self._running: dict[str, _Running] = {}
         self._room = asyncio.Event()
         self.counts: Counter[str] = Counter()
+        self._engine_started = False
         # Some rollouts wait for their environment while others decode.
         self._capacity = engine.num_slots + max(engine.num_slots // 4, 1)
 
@@ -85,19 +86,23 @@ class Actor:
     def state(self) -> str:
         if self._stop.is_set():
             return "draining"
+        if not self._engine_started:
+            return "starting the engine"
         return "fetching weights" if self.installer.installed is None else "generating"
 
     def held_leases(self) -> list[str]:
         return [*self._running, *self.uplink.held_leases()]
 
     async def run(self) -> None:
-        """Raises SessionFenced, LearnerUnreachable, ProtocolError, EngineFault."""
+        """Starts the engine and runs it. Raises SessionFenced, LearnerUnreachable, ProtocolError,
+        ConfigError, EngineFault.
+        """
         async with task_group() as tasks:
             background = [
                 tasks.create_task(work, name=name)
                 for name, work in (
                     ("watch", self._watch()),
-                    ("install", self.installer.run()),
+                    ("install", self._install()),
                     ("uplink", self.uplink.run()),
                     ("heartbeat", self._heartbeat()),
                 )
@@ -106,6 +111,12 @@ class Actor:
             await self._drain()
             for task in background:
                 task.cancel()
+
+    async def _install(self) -> None:
+        """Starts the engine, which may take a minute; heartbeats go on meanwhile."""
+        await self.engine.start()
+        self._engine_started = True
+        await self.installer.run()
 
     # -- leases -------------------------------------------------------------------------
 

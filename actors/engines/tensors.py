@@ -14,6 +14,9 @@ from penstock.weights.staged import StagedWeights
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """By safetensors' name."""
 
+TiedNames = list[str]
+"""All the names of one tensor; usually one."""
+
 
 def unpack(staged: StagedWeights) -> dict[str, Tensor]:
     """Every tensor by its name: views of the staged buffer, not to be written to."""
@@ -45,12 +48,26 @@ def plan_update(model: nn.Module, staged: StagedWeights, *, convert: bool = Fals
     dtype. Of tensors that are tied, one is enough; if several are there they must be equal,
     bit by bit. The model is not touched. Raises WeightTransferError.
     """
+    copies = [
+        (target, source.to(device=target.device, dtype=target.dtype))
+        for _, target, source in match(model, staged, convert=convert)
+    ]
+    return WeightUpdate(staged=staged, copies=tuple(copies))
+
+
+def match(
+    model: nn.Module, staged: StagedWeights, *, convert: bool = False
+) -> list[tuple[TiedNames, Tensor, Tensor]]:
+    """Each tensor of the model with the version's. The model may be on any device, `meta` included.
+
+    Returns (its names, the model's tensor, the version's). Checks what `plan_update` promises.
+    """
     given = unpack(staged)
     targets = _tensors_by_name(model)
     unknown = sorted(given.keys() - targets.keys())
     if unknown:
         raise _mismatch(staged, f"has tensors that the policy has not: {', '.join(unknown[:5])}")
-    copies = []
+    pairs = []
     for names in _tied(targets):
         present = [name for name in names if name in given]
         if not present:
@@ -67,8 +84,8 @@ def plan_update(model: nn.Module, staged: StagedWeights, *, convert: bool = Fals
             raise _mismatch(
                 staged, f"has {present[0]} in {source.dtype}; the policy has it in {target.dtype}"
             )
-        copies.append((target, source.to(device=target.device, dtype=target.dtype)))
-    return WeightUpdate(staged=staged, copies=tuple(copies))
+        pairs.append((names, target, source))
+    return pairs
 
 
 def adopt_dtypes(model: nn.Module, staged: StagedWeights) -> None:
@@ -90,9 +107,9 @@ def _tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
     return model.state_dict(keep_vars=True)
 
 
-def _tied(targets: dict[str, Tensor]) -> list[list[str]]:
+def _tied(targets: dict[str, Tensor]) -> list[TiedNames]:
     """Names that stand for the same tensor, together."""
-    groups: dict[int, list[str]] = {}
+    groups: dict[int, TiedNames] = {}
     for name, tensor in targets.items():
         groups.setdefault(id(tensor), []).append(name)
     return list(groups.values())

@@ -135,7 +135,7 @@ class SegmentRing:
         self._prefix = name_prefix
         self._num_segments = num_segments
         self._chunk_bytes = chunk_bytes
-        self._segments: list[_OwnedSegment] = []
+        self._segments: list[OwnedSegment] = []
         self._next = 0
         self._newest: _Written | None = None
         _remove_stale(name_prefix)
@@ -172,15 +172,15 @@ class SegmentRing:
         while self._segments:
             self._segments.pop().remove()
 
-    def _oldest(self, num_bytes: int) -> _OwnedSegment:
+    def _oldest(self, num_bytes: int) -> OwnedSegment:
         if len(self._segments) < self._num_segments:
-            self._segments.append(_create(self._prefix, num_bytes))
+            self._segments.append(create_segment(self._prefix, num_bytes))
             return self._segments[-1]
         index = self._next
         self._next = (index + 1) % self._num_segments
         if self._segments[index].segment.capacity < num_bytes:
             self._segments[index].remove()
-            self._segments[index] = _create(self._prefix, num_bytes)
+            self._segments[index] = create_segment(self._prefix, num_bytes)
         return self._segments[index]
 
     def _digests(self, payload: NDArray[np.uint8]) -> tuple[bytes, ...]:
@@ -204,7 +204,7 @@ class _Written:
         self.digests = digests
 
 
-class _OwnedSegment:
+class OwnedSegment:
     """A segment that this process made, with the file whose lock shows that it lives."""
 
     def __init__(self, segment: Segment, path: Path, file: int) -> None:
@@ -213,11 +213,13 @@ class _OwnedSegment:
         self._file = file
 
     def remove(self) -> None:
+        """Removes the file; who has it mapped keeps the bytes."""
         self._path.unlink(missing_ok=True)
         os.close(self._file)
 
 
-def _create(prefix: str, num_bytes: int) -> _OwnedSegment:
+def create_segment(prefix: str, num_bytes: int) -> OwnedSegment:
+    """Makes a segment of zeros, its pages reserved. Raises WeightTransferError when there is no room anywhere."""
     name = f"{prefix}.{secrets.token_hex(8)}"
     refusals = []
     for directory in _directories():
@@ -232,14 +234,14 @@ def _create(prefix: str, num_bytes: int) -> _OwnedSegment:
     raise WeightTransferError(f"no room for a weight segment of {num_bytes} bytes: {'; '.join(refusals)}")
 
 
-def _create_in(directory: Path, name: str, num_bytes: int) -> _OwnedSegment:
+def _create_in(directory: Path, name: str, num_bytes: int) -> OwnedSegment:
     path = directory / name
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Reserves the pages: without it a full /dev/shm would kill the writer with SIGBUS.
         os.posix_fallocate(file, 0, HEADER_BYTES + num_bytes)
-        return _OwnedSegment(Segment(mmap.mmap(file, HEADER_BYTES + num_bytes), name), path, file)
+        return OwnedSegment(Segment(mmap.mmap(file, HEADER_BYTES + num_bytes), name), path, file)
     except OSError:
         path.unlink(missing_ok=True)
         os.close(file)

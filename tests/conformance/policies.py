@@ -34,7 +34,8 @@ _SMALL = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
+    # vLLM's kernels for CPUs begin at 32.
+    "head_dim": 32,
     "max_position_embeddings": MAX_CONTEXT,
     "bos_token_id": None,
     "pad_token_id": 0,

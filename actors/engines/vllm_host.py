@@ -1,0 +1,301 @@
+"""One AsyncLLM: how it starts, what its workers have mapped, how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import time
+from collections.abc import AsyncGenerator, Awaitable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from actors.engines.base import GenerationRequest, StopReason
+from actors.engines.placement import Placement
+from actors.engines.policy import Architecture, build_model
+from actors.engines.tensors import TORCH_DTYPES, match
+from penstock.errors import ConfigError, EngineFault
+from penstock.trajectory import PolicyVersion, Sampling
+from penstock.weights.manifest import ALIGNMENT, TensorEntry
+from penstock.weights.segment import OwnedSegment, create_segment
+from penstock.weights.staged import StagedWeights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+_STOP_SECONDS = 10.0
+_WORKER = "actors.engines.vllm_worker.WeightInstaller"
+_NUM_SEGMENTS = 2
+_CPU_BLOCK = 128
+_MAX_SHARE_OF_MEMORY = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """Tokens of one request, and the versions of all its tokens so far."""
+
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
+    version_starts: Sequence[tuple[str, int]]
+    """(version, index of the first token that it sampled), in order."""
+    stop_reason: StopReason | None
+
+
+class VllmHost:
+    """One AsyncLLM, and the segments that its workers have mapped."""
+
+    def __init__(
+        self, llm: AsyncLLM, model: PreTrainedModel, dtype: torch.dtype, stop_ids: Iterable[int]
+    ) -> None:
+        self._llm = llm
+        self._model = model
+        self._stop_ids = sorted(stop_ids)
+        self._placement: Placement
+        self._segments: list[OwnedSegment] = []
+        self._current: int | None = None
+        self.dtype = dtype
+
+    @classmethod
+    async def launch(
+        cls,
+        folder: Path,
+        architecture: Architecture,
+        device: torch.device,
+        dtype: torch.dtype,
+        arguments: dict[str, Any],
+    ) -> VllmHost:
+        model = build_model(architecture, torch.device("meta"), dtype)
+        llm = await asyncio.to_thread(_make, folder, model, device, arguments)
+        vllm = cls(llm, model, dtype, architecture.stop_ids)
+        try:
+            await vllm._prepare()
+        except BaseException:
+            await vllm.stop(())
+            raise
+        return vllm
+
+    def check(self, staged: StagedWeights) -> dict[str, str]:
+        """Returns the names that the pieces have for the version's tensors. Raises WeightTransferError."""
+        return {name: names[0] for names, _, _ in match(self._model, staged) for name in names}
+
+    def write(self, staged: StagedWeights, names: dict[str, str]) -> tuple[int, str]:
+        """Writes the segment that no weights lie in. Returns its number, and the digest of what it holds."""
+        number = 0 if self._current is None else (self._current + 1) % _NUM_SEGMENTS
+        return number, self._placement.write(staged, names, self._segments[number].segment.payload)
+
+    async def switch(self, number: int, version: PolicyVersion) -> float:
+        """Switches between two decode steps. Returns the seconds for which none could run."""
+        core = self._llm.engine_core
+        # With asynchronous scheduling a step may be under way, whose tokens are labelled when it ends.
+        overlapping = self._llm.vllm_config.scheduler_config.async_scheduling
+        pause = _timed(core.pause_scheduler_async(mode="keep", clear_cache=False))
+        rest = (
+            _timed(self._llm.collective_rpc("switch_weights", args=(number,))),
+            _timed(core.set_weight_version_async(str(version))),
+            _timed(core.resume_scheduler_async()),
+        )
+        if overlapping:
+            paused = await pause
+            *_, resumed = await asyncio.gather(*rest)
+        else:
+            paused, *_, resumed = await asyncio.gather(pause, *rest)
+        self._current = number
+        return resumed - paused
+
+    async def generate(
+        self, name: str, request: GenerationRequest, limit: int, stream_tokens: int, *, salt: str
+    ) -> AsyncGenerator[Output, None]:
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        prompt = {"prompt_token_ids": request.prompt_ids.tolist(), "cache_salt": salt}
+        parameters = _sampling(request.sampling, limit, self._stop_ids, stream_tokens)
+        outputs = self._llm.generate(prompt, parameters, name)
+        try:
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    yield self._output(name, output.outputs[0])
+        except (EngineDeadError, EngineGenerateError) as error:
+            cause = error.__cause__ or error
+            raise EngineFault(f"vLLM failed while computing this request: {cause}") from error
+
+    async def stop(self, requests: Iterable[str]) -> None:
+        """Ends requests as aborted, then the processes; kills those that do not end by themselves."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        with contextlib.suppress(EngineDeadError):
+            await self._llm.abort(list(requests))
+        await asyncio.to_thread(self._llm.shutdown, _STOP_SECONDS)
+        # __del__ would do so once more, when the modules that it needs may be gone.
+        self._llm.shutdown = lambda: None
+
+    async def _prepare(self) -> None:
+        """Finds out where tensors go, and has the workers map two segments."""
+        tensors = _checkpoint(self._model, self.dtype)
+        rows = [(each.name, each.dtype, list(each.shape), each.offset) for each in tensors]
+        share = self._llm.vllm_config.parallel_config.world_size == 1
+        try:
+            plans = await self._llm.collective_rpc("plan_weights", args=(rows, share))
+        except Exception as error:  # vLLM wraps whatever its worker raised in it
+            raise ConfigError(
+                f"vLLM cannot change the weights of {type(self._model).__name__} in place: {error}; "
+                "use the torch engine"
+            ) from error
+        num_bytes, pieces = plans[0]
+        self._placement = Placement.of(tensors, pieces, num_bytes)
+        for _ in range(_NUM_SEGMENTS):
+            segment = create_segment(f"penstock-vllm-{os.getpid()}", num_bytes)
+            self._segments.append(segment)
+            try:
+                await self._llm.collective_rpc("attach_segment", args=(segment.segment.name, num_bytes))
+            finally:
+                # Who has it mapped keeps it; nothing is left behind, however this process ends.
+                segment.remove()
+
+    def _output(self, name: str, output: Any) -> Output:
+        if output.weight_versions is not None:
+            starts = [(span.version, span.start) for span in output.weight_versions]
+        else:
+            processor = self._llm.output_processor
+            state = processor.request_states[processor.external_req_ids[name][0]]
+            starts = state.weight_version_starts
+        return Output(
+            token_ids=output.token_ids,
+            logprobs=[
+                position[token].logprob
+                for token, position in zip(output.token_ids, output.logprobs or (), strict=True)
+            ],
+            version_starts=starts,
+            stop_reason=_STOP_REASONS[output.finish_reason],
+        )
+
+
+_STOP_REASONS = {
+    None: None,
+    "stop": StopReason.STOP,
+    "length": StopReason.LENGTH,
+    "abort": StopReason.ABORTED,
+}
+
+
+def _make(folder: Path, model: PreTrainedModel, device: torch.device, arguments: dict[str, Any]) -> AsyncLLM:
+    """Starts vLLM. Blocks for about a minute."""
+    _set_environment(device)
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    if current_platform.device_type != device.type:
+        raise ConfigError(
+            f"device is {str(device)!r}, but the installed vLLM is built for {current_platform.device_type!r}"
+        )
+    text = model.config.get_text_config()
+    if device.type == "cpu":
+        arguments |= {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": _cache_bytes(text, model.dtype, arguments),
+        }
+    settings = AsyncEngineArgs(
+        model=str(folder),
+        load_format="dummy",
+        dtype=str(model.dtype).removeprefix("torch."),
+        hf_overrides={"architectures": [type(model).__name__]},
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        seed=secrets.randbits(31),
+        enable_prefix_caching=True,
+        logprobs_mode="processed_logprobs",
+        worker_extension_cls=_WORKER,
+        disable_log_stats=True,
+        **arguments,
+    )
+    # Ctrl-C reaches a whole terminal: what this process drains, its children must still compute.
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return AsyncLLM.from_engine_args(settings)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"vLLM cannot run the policy {folder}: {error}") from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+
+
+def _set_environment(device: torch.device) -> None:
+    """Settings of vLLM's that are environment variables; what the user has set is kept."""
+    os.environ["PENSTOCK_ENGINE_OWNER"] = str(os.getpid())
+    defaults = {
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_HOST_IP": "127.0.0.1",
+    }
+    if "OMP_NUM_THREADS" in os.environ:
+        # Else each engine of a machine takes all its cores.
+        defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if device.index is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            visible.split(",")[device.index] if visible else str(device.index)
+        )
+
+
+def _cache_bytes(text: Any, dtype: torch.dtype, arguments: dict[str, Any]) -> int:
+    """Room for every slot's whole context, but at most half of the free memory."""
+    head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    num_heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    num_layers: int = text.num_hidden_layers
+    block_bytes = _CPU_BLOCK * 2 * num_layers * num_heads * head_dim * dtype.itemsize
+    num_blocks: int = arguments["max_num_seqs"] * -(-arguments["max_model_len"] // _CPU_BLOCK) + 1
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(num_blocks * block_bytes, int(free * _MAX_SHARE_OF_MEMORY))
+
+
+def _sampling(sampling: Sampling, limit: int, stop_ids: list[int], stream_tokens: int) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=limit,
+        seed=sampling.seed % 2**63 or None,
+        stop_token_ids=stop_ids,
+        ignore_eos=True,
+        logprobs=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+        stream_interval=stream_tokens,
+    )
+
+
+def _checkpoint(model: PreTrainedModel, dtype: torch.dtype) -> list[TensorEntry]:
+    """The model's tensors, each once, packed one after another."""
+    name_of_dtype = {value: key for key, value in TORCH_DTYPES.items()}
+    tensors: list[TensorEntry] = []
+    seen: set[int] = set()
+    end = 0
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        offset = -(-end // ALIGNMENT) * ALIGNMENT
+        end = offset + tensor.numel() * dtype.itemsize
+        tensors.append(
+            TensorEntry(
+                name=name, dtype=name_of_dtype[dtype], shape=tuple(tensor.shape), offset=offset,
+                num_bytes=end - offset,
+            )
+        )  # fmt: skip
+    return tensors
+
+
+async def _timed(call: Awaitable[object]) -> float:
+    """When a call was answered."""
+    await call
+    return time.perf_counter()
