@@ -55,7 +55,7 @@ class EvalConfig:
     """Reward of an episode that is cut at `max_tokens` before its environment was done."""
     num_slots: int = 64
     """Sequences decoded at once."""
-    engine: EngineChoice = "auto"
+    engine: EngineChoice = "torch"
     """vllm, torch, or auto: vllm if it is installed and the device is a GPU."""
     device: str = "auto"
     seed: int = 1

@@ -44,7 +44,7 @@ class ActorConfig:
     """HOST:PORT of the learner. All else comes with the join."""
     name: str = ""
     """Unique in the run; empty makes one from the host's name."""
-    engine: EngineChoice = "auto"
+    engine: EngineChoice = "torch"
     """vllm, torch (every causal LM, any device), or auto: vllm if it is installed and the device is a GPU."""
     num_slots: int = 32
     """Sequences decoded at once."""

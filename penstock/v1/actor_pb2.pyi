@@ -49,7 +49,7 @@ class GetActorStatusResponse(_message.Message):
     actor_id: _builtins.str
     session_id: _builtins.str
     state: _builtins.str
-    """"joining", "fetching weights", "generating", "draining"."""
+    """"joining", "starting the engine", "fetching weights", "generating", "draining"."""
     num_rollouts: _builtins.int
     num_unacknowledged: _builtins.int
     @_builtins.property
