@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -15,12 +15,13 @@ from learner.coordinator.publications import Publications
 from learner.coordinator.refusals import refusals
 from penstock.codec import manifest_from_wire, version_from_wire
 from penstock.errors import ProtocolError
-from penstock.rpc import to_seconds
+from penstock.rpc import MAX_MESSAGE_BYTES, to_seconds
 from penstock.trajectory import PolicyVersion
 from penstock.v1 import trainer_pb2 as pb
 from penstock.v1 import trainer_pb2_grpc, trajectory_pb2
 
 MAX_BATCH_WAIT_SECONDS = 30.0
+_MESSAGE_BYTES = MAX_MESSAGE_BYTES // 2
 
 
 class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
@@ -62,15 +63,16 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
                 return
             for group in answer.groups:
                 payloads = self._coordinator.ledger.payloads(m.trajectory_id for m in group.members)
-                yield pb.NextBatchResponse(
-                    group=pb.TrainingGroup(
-                        group_id=group.group_id,
-                        num_groups=len(answer.groups),
-                        trajectories=[trajectory_pb2.Trajectory.FromString(p) for p in payloads],
-                    ),
-                    checkpoint_requested=checkpoint,
-                    stop_requested=stop,
-                )
+                for piece in _pieces(payloads):
+                    yield pb.NextBatchResponse(
+                        group=pb.TrainingGroup(
+                            group_id=group.group_id,
+                            num_groups=len(answer.groups),
+                            trajectories=[trajectory_pb2.Trajectory.FromString(p) for p in piece],
+                        ),
+                        checkpoint_requested=checkpoint,
+                        stop_requested=stop,
+                    )
 
     async def _await_batch(self, request: pb.NextBatchRequest) -> Batch | Waiting:
         """The step's batch, with every payload on disk, or why there is none by the deadline."""
@@ -147,3 +149,16 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
             await self._coordinator.commit()
             await self._coordinator.refresh_totals()
             return pb.FinishRunResponse()
+
+
+def _pieces(payloads: Sequence[bytes]) -> Iterator[list[bytes]]:
+    """A group's trajectories in messages that gRPC lets through; at least one in each."""
+    piece: list[bytes] = []
+    num_bytes = 0
+    for payload in payloads:
+        if piece and num_bytes + len(payload) > _MESSAGE_BYTES:
+            yield piece
+            piece, num_bytes = [], 0
+        piece.append(payload)
+        num_bytes += len(payload)
+    yield piece

@@ -6,9 +6,10 @@ away is PeerLost; one that says that a newer trainer took over is SessionFenced.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -161,7 +162,9 @@ def _decode_next_batch(step: int, answers: list[trainer_pb2.NextBatchResponse]) 
         raise ProtocolError("NextBatch ended without an answer; expected groups, or a reason to wait")
     checkpoint = any(answer.checkpoint_requested for answer in answers)
     stop = any(answer.stop_requested for answer in answers)
-    groups = tuple(_decode_group(answer.group) for answer in answers if answer.HasField("group"))
+    pieces = (answer.group for answer in answers if answer.HasField("group"))
+    by_group = itertools.groupby(pieces, key=lambda piece: piece.group_id)
+    groups = tuple(_decode_group(group_id, parts) for group_id, parts in by_group)
     if not groups:
         reason = answers[0].waiting.reason
         return NextBatch(batch=None, waiting=reason, checkpoint_requested=checkpoint, stop_requested=stop)
@@ -172,14 +175,16 @@ def _decode_next_batch(step: int, answers: list[trainer_pb2.NextBatchResponse]) 
     return NextBatch(batch=batch, checkpoint_requested=checkpoint, stop_requested=stop)
 
 
-def _decode_group(message: trainer_pb2.TrainingGroup) -> Group:
-    trajectories = tuple(trajectory_from_wire(trajectory) for trajectory in message.trajectories)
+def _decode_group(group_id: int, pieces: Iterable[trainer_pb2.TrainingGroup]) -> Group:
+    trajectories = tuple(
+        trajectory_from_wire(trajectory) for piece in pieces for trajectory in piece.trajectories
+    )
     if not trajectories:
-        raise ProtocolError(f"group {message.group_id} has no trajectories; expected at least one")
+        raise ProtocolError(f"group {group_id} has no trajectories; expected at least one")
     for trajectory in trajectories:
         if trajectory.reward.value is None:
             raise ProtocolError(
                 f"trajectory {trajectory.trajectory_id} has reward status {trajectory.reward.status}; "
                 "only valid rewards are trained on"
             )
-    return Group(group_id=message.group_id, trajectories=trajectories)
+    return Group(group_id=group_id, trajectories=trajectories)

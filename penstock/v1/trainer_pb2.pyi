@@ -101,7 +101,9 @@ Global___NextBatchRequest: _TypeAlias = NextBatchRequest  # noqa: Y015
 
 @_typing.final
 class NextBatchResponse(_message.Message):
-    """Either one `waiting`, or one message a group, then the stream ends."""
+    """Either one `waiting`, or the groups one after another, then the stream ends. A large
+    group comes in several messages in a row, each with some of its trajectories.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
