@@ -195,9 +195,12 @@ class Actor:
             item.release.CopyFrom(self._release(lease, reason, str(fault)))
         except EngineFault as fault:
             item.release.CopyFrom(self._release(lease, pb.RELEASE_REASON_INFRASTRUCTURE, f"engine: {fault}"))
-        await self.uplink.put(item)
-        del self._running[lease.lease_id]
-        self._room.set()
+        try:
+            await self.uplink.put(item)
+        finally:
+            # Also when the lease is revoked while the spool is full.
+            del self._running[lease.lease_id]
+            self._room.set()
 
     def _release(self, lease: Lease, reason: pb.ReleaseReason.ValueType, message: str) -> pb.Release:
         name = pb.ReleaseReason.Name(reason).removeprefix("RELEASE_REASON_").lower()

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+import numpy as np
+
+from penstock.errors import EngineFault
 from penstock.trajectory import PolicyVersion, Sampling, TokenIds
 from penstock.weights.staged import StagedWeights
 
@@ -32,6 +35,19 @@ class GenerationRequest:
     """[P] int32; everything said so far, sampled or not."""
     sampling: Sampling
     """`max_tokens` bounds this request."""
+
+
+def check_prompt(request: GenerationRequest, vocab_size: int) -> None:
+    """Raises EngineFault for a prompt that no engine can go on from."""
+    prompt = request.prompt_ids
+    if prompt.ndim != 1 or prompt.size == 0 or prompt.dtype != np.int32:
+        raise EngineFault(
+            f"prompt of {prompt.dtype}{list(prompt.shape)}; expected int32 with a token or more"
+        )
+    if prompt.min() < 0 or prompt.max() >= vocab_size:
+        raise EngineFault(
+            f"prompt holds token ids from {prompt.min()} to {prompt.max()}; expected 0 to {vocab_size - 1}"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from actors.engines.base import EngineStats, GenerationChunk, GenerationRequest, InstallReport
+from actors.engines.base import EngineStats, GenerationChunk, GenerationRequest, InstallReport, check_prompt
 from actors.engines.decoder import Decoder, Emission, Running, prompt_logits
 from actors.engines.policy import Architecture, build_model, load_architecture
 from actors.engines.slots import Prefill, SlotCache
@@ -192,16 +192,8 @@ class TorchEngine:
         return self._worker
 
     def _sequence(self, request: GenerationRequest) -> Running:
-        prompt, vocab_size = request.prompt_ids, self._architecture.vocab_size
-        if prompt.ndim != 1 or prompt.size == 0 or prompt.dtype != np.int32:
-            raise EngineFault(
-                f"prompt of {prompt.dtype}{list(prompt.shape)}; expected int32 with a token or more"
-            )
-        if prompt.min() < 0 or prompt.max() >= vocab_size:
-            raise EngineFault(
-                f"prompt holds token ids from {prompt.min()} to {prompt.max()}; expected 0 to {vocab_size - 1}"
-            )
-        limit = min(request.sampling.max_tokens, self._max_context - prompt.size)
+        check_prompt(request, self._architecture.vocab_size)
+        limit = min(request.sampling.max_tokens, self._max_context - request.prompt_ids.size)
         return Running(request, seed=request.sampling.seed or secrets.randbits(64), limit=limit)
 
 

@@ -23,10 +23,16 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 
-from actors.engines.base import EngineStats, GenerationChunk, GenerationRequest, InstallReport, StopReason
+from actors.engines.base import (
+    EngineStats,
+    GenerationChunk,
+    GenerationRequest,
+    InstallReport,
+    StopReason,
+    check_prompt,
+)
 from actors.engines.policy import Architecture, load_architecture
 from actors.engines.tensors import TORCH_DTYPES
 from actors.engines.vllm_host import Output, VllmHost
@@ -229,16 +235,8 @@ class VllmEngine:
         return self._vllm
 
     def _limit(self, request: GenerationRequest) -> int:
-        prompt, vocab_size = request.prompt_ids, self._architecture.vocab_size
-        if prompt.ndim != 1 or prompt.size == 0 or prompt.dtype != np.int32:
-            raise EngineFault(
-                f"prompt of {prompt.dtype}{list(prompt.shape)}; expected int32 with a token or more"
-            )
-        if prompt.min() < 0 or prompt.max() >= vocab_size:
-            raise EngineFault(
-                f"prompt holds token ids from {prompt.min()} to {prompt.max()}; expected 0 to {vocab_size - 1}"
-            )
-        return min(request.sampling.max_tokens, self._max_context - prompt.size)
+        check_prompt(request, self._architecture.vocab_size)
+        return min(request.sampling.max_tokens, self._max_context - request.prompt_ids.size)
 
 
 class _TokenCount:

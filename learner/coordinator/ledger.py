@@ -188,14 +188,6 @@ class Ledger:
         rows = self._rows("SELECT group_id, slot FROM leases WHERE lease_id = ?", (lease_id,))
         return (rows[0][0], rows[0][1]) if rows else None
 
-    def manifest(self, version: PolicyVersion) -> bytes | None:
-        rows = self._rows("SELECT manifest FROM versions WHERE epoch = ? AND step = ?", version)
-        return rows[0][0] if rows else None
-
-    def newest_version(self, epoch: int) -> PolicyVersion | None:
-        (step,) = self._row("SELECT max(step) FROM versions WHERE epoch = ?", (epoch,))
-        return None if step is None else PolicyVersion(epoch, step)
-
     def events_after(self, sequence: int, limit: int = 1000) -> list[tuple[int, float, str, str]]:
         return self._rows(
             "SELECT sequence, time, kind, message FROM events WHERE sequence > ? ORDER BY sequence LIMIT ?",
