@@ -2,9 +2,8 @@
 
 Registered with transformers under PACKED, so that any model that takes its attention
 from transformers' registry runs on packed rows unchanged. On CUDA in half precision it
-calls `torch.nn.attention.varlen`; everywhere else it evaluates sequences of similar
-length together, padded only inside attention. Where flash-attn is installed,
-transformers' own integration of it is chosen instead.
+calls flash-attn where it is installed, else `torch.nn.attention.varlen`; everywhere else
+it evaluates sequences of similar length together, padded only inside attention.
 
 T   tokens of a row        N   sequences of a bucket     L   their padded length
 H   query heads            K   key-value heads           D   width of a head
@@ -12,8 +11,10 @@ H   query heads            K   key-value heads           D   width of a head
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -23,7 +24,6 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 PACKED = "penstock_packed"
-FLASH = "flash_attention_2"
 
 _DENSE_LENGTH = 256
 """Up to this length scores are computed as one matrix product; beyond, block by block in SDPA."""
@@ -60,19 +60,6 @@ class RowLayout:
     """[sequences + 1] int32."""
     max_length: int
     buckets: tuple[Bucket, ...]
-
-    def as_kwargs(self, implementation: str) -> dict[str, Any]:
-        """What the model's forward passes on to its attention."""
-        if implementation == FLASH:
-            lengths = {"cu_seq_lens_q": self.cumulative, "cu_seq_lens_k": self.cumulative}
-            return {**lengths, "max_length_q": self.max_length, "max_length_k": self.max_length}
-        return {"row_layout": self}
-
-
-def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
-    """flash-attn where it is installed and applies, else ours."""
-    applies = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    return FLASH if applies and importlib.util.find_spec("flash_attn") else PACKED
 
 
 def row_layout(lengths: Sequence[int], device: torch.device) -> RowLayout:
@@ -164,23 +151,33 @@ def _varlen(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
-    if query_THD.shape[1] != key_TKD.shape[1]:
+    flash = _flash_kernel()
+    bounds, longest = layout.cumulative, layout.max_length
+    window_size = (-1 if window is None else window - 1, 0)
+    if flash is None and query_THD.shape[1] != key_TKD.shape[1]:
         # torch 2.11's kernel wants as many heads of keys as of queries.
         repeats = query_THD.shape[1] // key_TKD.shape[1]
         key_TKD, value_TKD = (states.repeat_interleave(repeats, dim=1) for states in (key_TKD, value_TKD))
+    query, key, value = query_THD.contiguous(), key_TKD.contiguous(), value_TKD.contiguous()
+    if flash is not None:
+        return flash(
+            query, key, value, bounds, bounds, longest, longest,
+            softmax_scale=scale, causal=True, window_size=window_size,
+        )  # fmt: skip
     out = varlen_attn(
-        query_THD.contiguous(),
-        key_TKD.contiguous(),
-        value_TKD.contiguous(),
-        layout.cumulative,
-        layout.cumulative,
-        layout.max_length,
-        layout.max_length,
-        scale=scale,
-        window_size=(-1 if window is None else window - 1, 0),
+        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window_size
     )
     assert isinstance(out, torch.Tensor)
     return out
+
+
+@functools.cache
+def _flash_kernel() -> Callable[..., torch.Tensor] | None:
+    """flash-attn's kernel for sequences end to end, where the package is installed."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return None
+    kernel: Callable[..., torch.Tensor] = importlib.import_module("flash_attn").flash_attn_varlen_func
+    return kernel
 
 
 def _bucketed(

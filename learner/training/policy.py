@@ -94,7 +94,7 @@ class Policy(nn.Module):
                 input_ids=row.token_ids_T[None],
                 position_ids=row.positions_T[None],
                 use_cache=False,
-                **layout.as_kwargs(self.causal_lm.config._attn_implementation),
+                row_layout=layout,
             )
             packed: torch.Tensor = getattr(outputs, output)[0]
             return packed
