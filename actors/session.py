@@ -12,7 +12,7 @@ from typing import TypeVar
 import grpc
 
 from penstock import rpc
-from penstock.errors import ConfigError, PeerLost, PenstockError, ProtocolError, SessionFenced
+from penstock.errors import ConfigError, PeerLost, PenstockError, ProtocolError, SessionFenced, Stopped
 from penstock.signals import Stop
 from penstock.v1 import coordinator_pb2 as pb
 from penstock.v1 import coordinator_pb2_grpc, weights_pb2, weights_pb2_grpc
@@ -160,7 +160,7 @@ class Session:
             )
         _log.info("waiting for the learner at %s, %.0f s more: %s", self.address, left, problem)
         if await self._stop.sleep(min(2.0, max(left, 0.1))):
-            raise PeerLost(f"stopped while waiting for the learner at {self.address}")
+            raise Stopped(f"stopped while waiting for the learner at {self.address}")
 
     def _join_request(self) -> pb.JoinRequest:
         identity = self._identity

@@ -3,6 +3,7 @@
     PenstockError
     ├── ConfigError (ValueError)      a setting, file or flag that cannot be used; exit status 2
     ├── ProtocolError                 a peer said what the contract forbids
+    ├── Stopped                       asked to stop before there was work to drain; exit status 0
     ├── PeerLost                      a peer is gone, or did not answer by a deadline
     ├── SessionFenced                 a newer session took over
     ├── LedgerError                   the ledger cannot be trusted to be durable; fatal
@@ -32,6 +33,12 @@ class ConfigError(PenstockError, ValueError):
 
 class ProtocolError(PenstockError):
     """A peer said what the contract forbids."""
+
+
+class Stopped(PenstockError):
+    """Asked to stop while waiting for a peer, before there was any work to drain. An orderly end."""
+
+    exit_status = 0
 
 
 class PeerLost(PenstockError):

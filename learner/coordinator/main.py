@@ -31,7 +31,7 @@ from learner.coordinator.trainer_service import TrainerService
 from learner.coordinator.validation import Limits
 from learner.coordinator.weights_service import WeightsService
 from penstock import config, log, rpc
-from penstock.errors import ConfigError, EnvironmentFault, LedgerError, PenstockError
+from penstock.errors import ConfigError, EnvironmentFault, LedgerError, Stopped
 from penstock.policy_files import PolicyFolder, read_policy_folder
 from penstock.signals import Stop
 from penstock.v1 import (
@@ -204,7 +204,7 @@ async def _patiently(client: EnvironmentClient, address: str, stop: Stop) -> Des
                 ) from fault
             _log.info("waiting for environment %s, %.0f s more: %s", address, left, fault)
         if await stop.sleep(1.0):
-            raise PenstockError(f"stopped while waiting for environment {address}")
+            raise Stopped(f"stopped while waiting for environment {address}")
 
 
 async def _stop_when_finished(coordinator: Coordinator) -> None:

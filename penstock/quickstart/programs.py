@@ -50,6 +50,7 @@ class Program:
     is_client: bool
     """It talks to the others, and so is stopped before them."""
     killed: bool = False
+    """Ended on purpose."""
 
     @property
     def is_running(self) -> bool:
@@ -69,6 +70,12 @@ class Program:
         self.killed = True
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
+
+    def dismiss(self) -> None:
+        """SIGTERM to one that is not needed after all, however far it has started: its end is no failure."""
+        self.killed = True
+        with contextlib.suppress(ProcessLookupError):
+            self.process.terminate()
 
     def line_after(self, prefix: str) -> str | None:
         """What follows `prefix` on the first line of its log that begins with it."""

@@ -139,9 +139,8 @@ class Quickstart:
         async with RunClient(self._learner) as run, task_group() as tasks:
             before = tasks.create_task(self._evaluate_before(warm_started), name="accuracy before")
             status, killed_at = await self._watch(run)
-        for program in (learner, *self._actors):
-            if not program.killed:
-                await self._programs.finished(program, timeout_seconds=_LEAVE_SECONDS)
+        await self._programs.finished(learner, timeout_seconds=_LEAVE_SECONDS)
+        await self._see_actors_off()
         self._display.say(f"trained {status.ledger.trained:,} trajectories in {status.version.step} steps")
         return Trained(status=status, accuracy_before=before.result(), killed_at=killed_at)
 
@@ -182,6 +181,13 @@ class Quickstart:
         actor = await self._programs.start(name, arguments, may_finish=True, is_client=True)
         self._actors.append(actor)
         return actor
+
+    async def _see_actors_off(self) -> None:
+        """Those that joined have been told to drain; one that was still starting will find nobody to join."""
+        for actor in self._actors:
+            if actor.line_after(f"actor {actor.name} joined") is None:
+                actor.dismiss()
+            await self._programs.finished(actor, timeout_seconds=_LEAVE_SECONDS)
 
     async def _evaluate_before(self, warm_started: Path) -> float:
         accuracy = await self._evaluate(warm_started, "before")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .cluster import Cluster, Program, cluster
+from .cluster import Cluster, Program, cluster, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +24,12 @@ def refused(program: Program) -> str:
     assert "Traceback" not in output
     assert status == 2, output
     return " ".join(output.replace("│", " ").split())
+
+
+def nobodys_address() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def learner(run: Cluster, name: str, *options: str) -> Program:
@@ -110,13 +116,20 @@ def test_another_address_than_loopback_needs_a_word(run: Cluster):
 
 
 def test_a_learner_that_nobody_started_is_looked_for_then_named(run: Cluster):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = nobodys_address()
     actor = run.start("lonely", "actor", "--learner", address, "--connect_seconds", "2")
     message = refused(actor)
     assert "waiting for the learner" in message
     assert f"no learner answers at {address}" in message
+
+
+def test_an_actor_that_still_waits_for_its_learner_stops_in_order(run: Cluster):
+    address = nobodys_address()
+    actor = run.start("early", "actor", "--learner", address)
+    wait_until(lambda: "waiting for the learner" in actor.output(), "the actor to wait")
+
+    assert actor.interrupt() == 0
+    assert f"stopped while waiting for the learner at {address}" in actor.output()
 
 
 def test_an_address_that_is_none_is_named(run: Cluster):

@@ -64,6 +64,13 @@ async def test_a_program_that_is_killed_on_purpose_is_no_failure(programs: Progr
     programs.check()
 
 
+async def test_a_program_that_is_dismissed_while_it_starts_is_no_failure(programs: Programs) -> None:
+    actor = await programs.start("actor", ["import time; time.sleep(600)"], may_finish=True)
+
+    actor.dismiss()
+    await programs.finished(actor, timeout_seconds=30)
+
+
 async def test_a_program_that_a_signal_ends_is_named_with_it(programs: Programs) -> None:
     await programs.start(
         "actor", ["import os, signal; os.kill(os.getpid(), signal.SIGKILL)"], may_finish=True
