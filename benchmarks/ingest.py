@@ -83,8 +83,8 @@ def serve_ours(pipe: Any, folder: Path, num_groups: int) -> None:
             limits=Limits(vocab_size=200_000, max_sampled_tokens=4096, max_context=8192),
             history=ledger,
         )
-        scheduler.open_lineage(0, [])
-        scheduler.published(VERSION, DIGEST, b"", "{}")
+        scheduler.lineage.open(0, [])
+        scheduler.lineage.published(VERSION, DIGEST, b"", "{}")
         weights = ZeromqServer("tcp://127.0.0.1:0")
         coordinator = Coordinator(scheduler, ledger, Stop(), run_id="benchmark")
         welcome = Welcome("benchmark", (), weights_pb2.PolicyFiles(), FleetConfig(), None)

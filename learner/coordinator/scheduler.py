@@ -1,61 +1,54 @@
-"""The run's state, and every decision about it. Pure: no sockets, no disk, no clock.
+"""The actors' side of a run: sessions, leases, submissions. Pure: no sockets, no disk, no clock.
 
 Methods take the clock's reading and change the state at once; what happened waits in
 `take_records` for the ledger, and what actors must be told in `take_revocations`. The
-service writes the records before it answers anybody.
+service writes the records before it answers anybody. The trainer's side is `lineage`, and
+both work on one `board` of open groups.
 
 Data flow of one trajectory:
 
-    acquire -> lease -> submit -> slot filled -> group ready -> next_batch -> published
-      ^                                                                          |
-      +-------------- admission: the new version makes room for new groups ------+
+    acquire -> lease -> submit -> slot filled -> group ready -> lineage.next_batch -> published
+      ^                                                                                  |
+      +------------------ admission: the new version makes room for new groups ----------+
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from learner.config import FleetConfig, ScheduleConfig
 from learner.coordinator import validation
 from learner.coordinator.admission import Admission
-from learner.coordinator.batches import WaitFor, choose
-from learner.coordinator.decisions import Batch, EnvironmentFaults, History, Revocation, Verdict, Waiting
+from learner.coordinator.board import Board
+from learner.coordinator.decisions import EnvironmentFaults, History, Revocation, Verdict
 from learner.coordinator.fleet import ActorInfo, Fleet, ReportedStats, Session
 from learner.coordinator.groups import Filled, Group, LeaseOutcome, Slot
+from learner.coordinator.journal import Journal
 from learner.coordinator.leases import LeaseTable, LiveLease
+from learner.coordinator.lineage import Lineage
 from learner.coordinator.records import (
-    BatchTrained,
-    CheckpointWritten,
-    EventLogged,
-    GroupDropped,
     GroupOpened,
     ItemsRefused,
-    LeaseEnded,
     LeaseGranted,
-    LineageOpened,
     Record,
-    RunFinished,
     SequenceAdvanced,
     SessionClosed,
     SessionOpened,
     TrajectoryState,
     TrajectoryStored,
-    VersionPublished,
 )
 from learner.coordinator.tasks import TaskOrder, derive_seed
 from learner.coordinator.validation import Limits, Rejected, RejectionCode
-from penstock.errors import FaultKind, ProtocolError, SessionFenced
+from penstock.errors import FaultKind, ProtocolError
 from penstock.trajectory import Lease, PolicyVersion, Sampling, Trajectory
 from penstock.v1 import trajectory_pb2
 
-DEATHS_BEFORE_QUARANTINE = 3
-_RECENT_GROUPS = 1024
 _TICK_GAP_SECONDS = 2.0
 
 
 class Scheduler:
-    """Leases, groups, sessions and versions of one run."""
+    """Sessions and their leases, with the board and the lineage of one run."""
 
     def __init__(
         self,
@@ -70,29 +63,49 @@ class Scheduler:
     ) -> None:
         self.schedule = schedule
         self.fleet = Fleet(fleet)
-        self.leases = LeaseTable(progress_timeout=fleet.progress_timeout_seconds)
-        self.groups: dict[int, Group] = {}
-        self.versions: dict[PolicyVersion, str] = {}
-        self.version: PolicyVersion | None = None
-        self.epoch = 0
         self.paused = False
-        self.finished = False
-        self.assigned: Batch | None = None
         self.faults: dict[str, EnvironmentFaults] = {}
         self._config = fleet
         self._sampling = sampling
         self._tasks = tasks
         self._limits = limits
         self._history = history
-        self._wall_clock = wall_clock
+        self._journal = Journal(wall_clock)
         self._admission = Admission(schedule)
+        self.board = Board(fleet=fleet, admission=self._admission, journal=self._journal)
+        self.lineage = Lineage(schedule=schedule, board=self.board, journal=self._journal)
         self._next_group_id = 0
         self._num_sessions = 0
-        self._recent: dict[int, Group] = {}
-        self._maybe_free: set[int] = set()
-        self._records: list[Record] = []
-        self._revocations: list[Revocation] = []
         self._ticked_at: float | None = None
+
+    @property
+    def groups(self) -> Mapping[int, Group]:
+        """Those that are open."""
+        return self.board.groups
+
+    @property
+    def leases(self) -> LeaseTable:
+        return self.board.leases
+
+    @property
+    def version(self) -> PolicyVersion | None:
+        return self.lineage.version
+
+    @property
+    def epoch(self) -> int:
+        return self.lineage.epoch
+
+    @property
+    def finished(self) -> bool:
+        return self.lineage.finished
+
+    def take_records(self) -> list[Record]:
+        """What waits for the ledger."""
+        return self._journal.take()
+
+    def take_revocations(self) -> list[Revocation]:
+        """What waits for the actors."""
+        return self.board.take_revocations()
 
     # -- starting -----------------------------------------------------------------------
 
@@ -108,9 +121,9 @@ class Scheduler:
         now: float,
     ) -> None:
         """Goes on from a ledger. Leases wait for their actors to join again and name them."""
-        self.epoch, self._num_sessions, self._next_group_id = epoch, num_sessions, next_group_id
-        self.versions = dict(versions)
-        self._hold(open_groups)
+        self._num_sessions, self._next_group_id = num_sessions, next_group_id
+        self.lineage.restore(epoch=epoch, versions=versions)
+        self.board.hold(open_groups)
         for lease_id, group_id, slot in live_leases:
             held = self.groups[group_id].slots[slot]
             if held.filled is not None:
@@ -119,87 +132,6 @@ class Scheduler:
             lease = self.leases.grant(lease_id=lease_id, group_id=group_id, slot=slot, session_id="", now=now)
             lease.deadline = now + self._config.dead_seconds
 
-    def open_lineage(self, step: int, reopened: Sequence[Group]) -> int:
-        """A trainer starts from checkpoint `step`. Returns the epoch of its versions.
-
-        reopened: the groups that steps >= `step` had trained.
-        """
-        self.epoch += 1
-        self.version, self.assigned, self.finished = None, None, False
-        self._hold(reopened)
-        self._record(LineageOpened(epoch=self.epoch, step=step))
-        self._event(
-            "lineage", f"epoch {self.epoch} starts from step {step}; {len(reopened)} groups to train again"
-        )
-        return self.epoch
-
-    # -- the trainer ----------------------------------------------------------------------
-
-    def published(self, version: PolicyVersion, digest: str, manifest: bytes, metrics: str) -> bool:
-        """A version exists, made from the batch assigned to the step before it, if there was one.
-
-        False if it was published already. Raises ProtocolError, SessionFenced.
-        """
-        self.require_epoch(version.epoch)
-        if version in self.versions:
-            if self.versions[version] != digest:
-                raise ProtocolError(
-                    f"version {version} has digest {self.versions[version]}; a second publication says {digest}"
-                )
-            return False
-        if self.version is not None:
-            self._train_assigned(version)
-        self.version = version
-        self.versions[version] = digest
-        self._record(VersionPublished(version=version, digest=digest, manifest=manifest, metrics=metrics))
-        self._drop_overdue()
-        return True
-
-    def next_batch(self, epoch: int, step: int) -> Batch | Waiting:
-        """The batch of a step: the same for every rank that asks. Raises ProtocolError, SessionFenced."""
-        self.require_epoch(epoch)
-        if self.version is None or step != self.version.step:
-            raise ProtocolError(f"asked for the batch of step {step}; the newest version is {self.version}")
-        if self.assigned is not None:
-            return self.assigned
-        choice = choose(self.groups.values(), version=step, groups_per_step=self.schedule.groups_per_step)
-        if isinstance(choice, WaitFor):
-            return Waiting(choice.reason, choice.groups)
-        self.assigned = Batch(step, choice.groups)
-        return self.assigned
-
-    def skip(self, epoch: int, step: int, reason: str) -> None:
-        """The assigned batch gave a non-finite loss or gradient: its trajectories are set aside."""
-        self.require_epoch(epoch)
-        if self.assigned is None or self.assigned.step != step:
-            return
-        groups, self.assigned = self.assigned.groups, None
-        ids = [member.trajectory_id for group in groups for member in group.members]
-        self._event("non_finite", f"step {step} was skipped: {reason}; quarantined {', '.join(ids)}")
-        for group in groups:
-            self._drop(group, TrajectoryState.QUARANTINED, reason)
-
-    def checkpointed(self, version: PolicyVersion, path: str, digest: str, keep: int) -> None:
-        self.require_epoch(version.epoch)
-        self._record(CheckpointWritten(version=version, path=path, digest=digest, keep=keep))
-        self._event("checkpoint", f"version {version} at {path}")
-
-    def finish(self, epoch: int, step: int) -> None:
-        """The last step is trained: what is still leased will not be."""
-        self.require_epoch(epoch)
-        if self.finished:
-            return
-        self.finished = True
-        self._record(RunFinished(step=step))
-        self._event("finished", f"after step {step}")
-        for group in list(self.groups.values()):
-            self._drop(group, TrajectoryState.SURPLUS, "the run is finished")
-
-    def require_epoch(self, epoch: int) -> None:
-        """Raises SessionFenced."""
-        if epoch != self.epoch:
-            raise SessionFenced(f"a trainer of epoch {epoch} was replaced by epoch {self.epoch}")
-
     # -- sessions -----------------------------------------------------------------------
 
     def join(self, session_id: str, info: ActorInfo, held: Sequence[str], now: float) -> Session:
@@ -207,8 +139,10 @@ class Scheduler:
         older = self.fleet.of_actor(info.actor_id)
         self._num_sessions += 1
         session = self.fleet.join(session_id, self._num_sessions, info, now)
-        self._record(SessionOpened(session_id=session_id, actor_id=info.actor_id, number=session.number))
-        self._event("joined", f"{info.actor_id} ({info.engine}, {info.num_slots} slots)")
+        self._journal.record(
+            SessionOpened(session_id=session_id, actor_id=info.actor_id, number=session.number)
+        )
+        self._journal.event("joined", f"{info.actor_id} ({info.engine}, {info.num_slots} slots)")
         for lease_id in held:
             self.leases.adopt(lease_id, session_id, now)
         if older is not None:
@@ -237,13 +171,15 @@ class Scheduler:
         named = {lease_id for lease_id, _, _ in progress}
         for lease in self.leases.of_session(session_id):
             if lease.lease_id not in named and now - lease.granted_at > self._config.suspect_seconds:
-                self._event("lost", f"{session.info.actor_id} does not know its lease {lease.lease_id}")
-                self._end_lease(lease, LeaseOutcome.EXPIRED, message="lost on the way to the actor")
+                self._journal.event(
+                    "lost", f"{session.info.actor_id} does not know its lease {lease.lease_id}"
+                )
+                self.board.end_lease(lease, LeaseOutcome.EXPIRED, message="lost on the way to the actor")
 
     def leave(self, session_id: str, reason: str, now: float) -> None:
         session = self.fleet.require(session_id, now)
         self._end_session(session, LeaseOutcome.DRAINED, reason or "left")
-        self._event("left", f"{session.info.actor_id}: {reason or 'no reason given'}")
+        self._journal.event("left", f"{session.info.actor_id}: {reason or 'no reason given'}")
 
     def tick(self, now: float) -> None:
         """Ends what is past its deadline. Call about once a second.
@@ -254,19 +190,25 @@ class Scheduler:
             gap = now - self._ticked_at
             self.leases.shift(gap)
             self.fleet.shift(gap)
-            self._event("stall", f"the coordinator stood still for {gap:.1f} s; deadlines moved by as much")
+            self._journal.event(
+                "stall", f"the coordinator stood still for {gap:.1f} s; deadlines moved by as much"
+            )
         self._ticked_at = now
         for session in self.fleet.silent(now):
-            self._event("dead", f"{session.info.actor_id}: no heartbeat for {now - session.heard_at:.0f} s")
+            self._journal.event(
+                "dead", f"{session.info.actor_id}: no heartbeat for {now - session.heard_at:.0f} s"
+            )
             self._end_session(session, LeaseOutcome.DEAD, "no heartbeat")
         for lease in self.leases.expired(now):
-            self._event("expired", f"lease {lease.lease_id}: no progress for {now - lease.progress_at:.0f} s")
-            self._end_lease(lease, LeaseOutcome.EXPIRED, revoke="no progress")
+            self._journal.event(
+                "expired", f"lease {lease.lease_id}: no progress for {now - lease.progress_at:.0f} s"
+            )
+            self.board.end_lease(lease, LeaseOutcome.EXPIRED, revoke="no progress")
 
     def set_paused(self, paused: bool) -> None:
         """While paused no lease is granted; what is leased goes on."""
         self.paused = paused
-        self._event("paused" if paused else "resumed", "by an operator")
+        self._journal.event("paused" if paused else "resumed", "by an operator")
 
     # -- leases -----------------------------------------------------------------------
 
@@ -278,7 +220,7 @@ class Scheduler:
         refusal = self._refusal(session, installed, digest)
         leases: list[Lease] = []
         while refusal is None and len(leases) < max_leases:
-            found = self._free_slot(installed) or self._open_group(installed)
+            found = self.board.free_slot(installed.step) or self._open_group(installed)
             if isinstance(found, str):
                 refusal = found
             else:
@@ -296,20 +238,9 @@ class Scheduler:
             return "the actor is draining"
         if installed.epoch != self.epoch:
             return f"installed is {installed}; versions of epoch {self.epoch} are wanted"
-        if self.versions.get(installed) != digest:
+        if self.lineage.versions.get(installed) != digest:
             return f"installed is {installed} with digest {digest[:12]!r}, which was never published"
         session.installed = installed
-        return None
-
-    def _free_slot(self, installed: PolicyVersion) -> tuple[Group, int] | None:
-        """The first free slot of the oldest group that the actor's version may still join."""
-        for group_id in sorted(self._maybe_free):
-            group = self.groups.get(group_id)
-            number = None if group is None else group.free_slot()
-            if group is None or number is None:
-                self._maybe_free.discard(group_id)
-            elif group.born.step <= installed.step and not self._is_assigned(group):
-                return group, number
         return None
 
     def _open_group(self, installed: PolicyVersion) -> tuple[Group, int] | str:
@@ -328,9 +259,8 @@ class Scheduler:
             due=self._admission.due(installed.step),
             slots=[Slot() for _ in range(self.schedule.group_size)],
         )
-        self.groups[group_id] = group
-        self._maybe_free.add(group_id)
-        self._record(
+        self.board.open(group)
+        self._journal.record(
             GroupOpened(group_id=group_id, task=group.task, born=installed, num_slots=len(group.slots))
         )
         return group, 0
@@ -344,7 +274,7 @@ class Scheduler:
         self.leases.grant(
             lease_id=lease_id, group_id=group.group_id, slot=number, session_id=session_id, now=now
         )
-        self._record(
+        self._journal.record(
             LeaseGranted(
                 lease_id=lease_id,
                 group_id=group.group_id,
@@ -383,13 +313,13 @@ class Scheduler:
         """Decides on one trajectory. Raises SessionFenced, PeerLost, ProtocolError (a gap)."""
         session = self.fleet.require(session_id, now)
         if not self._advance(session, sequence):
-            self._record(ItemsRefused(duplicates=1))
+            self._journal.record(ItemsRefused(duplicates=1))
             return Verdict(None)
         try:
             return self._decide(session, sequence, message)
         except Rejected as rejected:
-            self._record(ItemsRefused(rejected=(rejected.code,)))
-            self._event(
+            self._journal.record(ItemsRefused(rejected=(rejected.code,)))
+            self._journal.event(
                 "rejected",
                 f"{session.info.actor_id}, lease {message.lease_id[:40]}: {rejected.code}: {rejected}",
             )
@@ -401,7 +331,7 @@ class Scheduler:
         """An item that holds nothing to decide upon."""
         session = self.fleet.require(session_id, now)
         if self._advance(session, sequence):
-            self._record(ItemsRefused(rejected=(code,)))
+            self._journal.record(ItemsRefused(rejected=(code,)))
         return Verdict(None, code, message)
 
     def release(
@@ -415,7 +345,7 @@ class Scheduler:
         if lease is not None and lease.session_id == session_id:
             if outcome in (LeaseOutcome.INFRASTRUCTURE, LeaseOutcome.DATA):
                 self._count_fault(lease, FaultKind(outcome.value), message)
-            self._end_lease(lease, outcome, message=message)
+            self.board.end_lease(lease, outcome, message=message)
 
     def _advance(self, session: Session, sequence: int) -> bool:
         """Notes an item's number; False if it was decided upon before. Raises ProtocolError."""
@@ -426,7 +356,7 @@ class Scheduler:
                 f"item {sequence} follows {session.last_sequence}; send again from {session.last_sequence + 1}"
             )
         session.last_sequence = sequence
-        self._record(SequenceAdvanced(session_id=session.session_id, sequence=sequence))
+        self._journal.record(SequenceAdvanced(session_id=session.session_id, sequence=sequence))
         return True
 
     def _decide(self, session: Session, sequence: int, message: trajectory_pb2.Trajectory) -> Verdict:
@@ -434,12 +364,12 @@ class Scheduler:
         group, slot_number = self._group_of(trajectory)
         if group is None:
             if self._history.has_trajectory(trajectory.trajectory_id):
-                self._record(ItemsRefused(duplicates=1))
+                self._journal.record(ItemsRefused(duplicates=1))
                 return Verdict(None)
         elif group.holds(trajectory.trajectory_id):
-            self._record(ItemsRefused(duplicates=1))
+            self._journal.record(ItemsRefused(duplicates=1))
             return Verdict(None)
-        validation.check(trajectory, self._limits, self.versions)
+        validation.check(trajectory, self._limits, self.lineage.versions)
         if group is not None:
             validation.check_task(trajectory, group.task, group.observation_digest)
         state, reason = self._state_for(group, slot_number, trajectory)
@@ -453,7 +383,7 @@ class Scheduler:
         parts = trajectory.lease_id.split(".")
         if len(parts) == 3 and all(part.isascii() and part.isdigit() and len(part) < 16 for part in parts):
             group_id, slot, attempt = map(int, parts)
-            group = self.groups.get(group_id) or self._recent.get(group_id)
+            group = self.board.find(group_id)
             if group is None:
                 if self._history.find_lease(trajectory.lease_id) is not None:
                     return None, slot
@@ -466,7 +396,7 @@ class Scheduler:
     def _state_for(
         self, group: Group | None, slot_number: int, trajectory: Trajectory
     ) -> tuple[TrajectoryState, str]:
-        if group is None or group.group_id not in self.groups or self._is_assigned(group):
+        if group is None or group.group_id not in self.groups or self.board.is_assigned(group):
             return TrajectoryState.SURPLUS, "its group is trained or dropped"
         if group.slots[slot_number].filled is not None:
             return TrajectoryState.SURPLUS, "its slot was filled by another"
@@ -487,7 +417,7 @@ class Scheduler:
         state: TrajectoryState,
     ) -> None:
         assert trajectory.reward.value is not None
-        self._record(
+        self._journal.record(
             TrajectoryStored(
                 trajectory_id=trajectory.trajectory_id,
                 lease_id=trajectory.lease_id,
@@ -522,11 +452,11 @@ class Scheduler:
             group.extra_ids.add(trajectory.trajectory_id)
         own = self.leases.get(trajectory.lease_id)
         if own is not None:
-            self._end_lease(own, LeaseOutcome.FILLED)
+            self.board.end_lease(own, LeaseOutcome.FILLED)
         other = self.leases.get(slot.lease_id) if slot.filled is not None and slot.lease_id else None
         if other is not None:
-            self._end_lease(other, LeaseOutcome.REVOKED, revoke="another result came first")
-        self._give_up_if_hopeless(group)
+            self.board.end_lease(other, LeaseOutcome.REVOKED, revoke="another result came first")
+        self.board.give_up_if_hopeless(group)
 
     # -- ending things ----------------------------------------------------------------------
 
@@ -535,103 +465,15 @@ class Scheduler:
             group = self.groups.get(lease.group_id)
             if group is not None and outcome is LeaseOutcome.DEAD:
                 group.deaths.add(session.session_id)
-            self._end_lease(lease, outcome, message=reason)
+            self.board.end_lease(lease, outcome, message=reason)
         self.fleet.remove(session.session_id)
-        self._record(SessionClosed(session_id=session.session_id, reason=reason))
-
-    def _end_lease(
-        self, lease: LiveLease, outcome: LeaseOutcome, *, message: str = "", revoke: str = ""
-    ) -> None:
-        self.leases.end(lease.lease_id)
-        self._record(LeaseEnded(lease_id=lease.lease_id, outcome=outcome, message=message[:500]))
-        if revoke:
-            self._revocations.append(Revocation(lease.session_id, lease.lease_id, revoke))
-        group = self.groups.get(lease.group_id)
-        if group is None:
-            return
-        slot = group.slots[lease.slot]
-        if slot.lease_id == lease.lease_id:
-            slot.lease_id = None
-            self._maybe_free.add(group.group_id)
-        slot.faults[outcome] += 1
-        slot.given_up = slot.filled is None and (
-            slot.faults[LeaseOutcome.INFRASTRUCTURE] >= self._config.infrastructure_budget
-            or slot.faults[LeaseOutcome.DATA] >= self._config.data_budget
-        )
-        self._give_up_if_hopeless(group)
-
-    def _give_up_if_hopeless(self, group: Group) -> None:
-        if group.group_id not in self.groups or self._is_assigned(group):
-            return
-        if len(group.deaths) >= DEATHS_BEFORE_QUARANTINE:
-            self._drop(group, TrajectoryState.QUARANTINED, f"{len(group.deaths)} actors died on its task")
-        elif group.is_settled and not group.is_ready:
-            self._drop(group, TrajectoryState.GROUP_DROPPED, "fewer than two trajectories after its faults")
-
-    def _drop(self, group: Group, state: TrajectoryState, reason: str) -> None:
-        self._close(group)
-        self._record(GroupDropped(group_id=group.group_id, state=state, reason=reason))
-        if not self.finished:
-            self._event("dropped", f"group {group.group_id} ({group.task}): {reason}")
-
-    def _drop_overdue(self) -> None:
-        """Ends groups past their due version: only a run resumed with a smaller max_lag has any."""
-        assert self.version is not None
-        for group in list(self.groups.values()):
-            if group.due < self.version.step and not self._is_assigned(group):
-                self._drop(group, TrajectoryState.STALE, f"due by version {group.due}, now {self.version}")
-
-    def _train_assigned(self, version: PolicyVersion) -> None:
-        batch, self.assigned = self.assigned, None
-        if batch is None or version.step != batch.step + 1:
-            raise ProtocolError(
-                f"version {version} was published without the batch of step {version.step - 1}"
-            )
-        for group in batch.groups:
-            self._close(group)
-        self._record(BatchTrained(step=batch.step, group_ids=tuple(group.group_id for group in batch.groups)))
-
-    def _close(self, group: Group) -> None:
-        """Holds a group no more, but remembers for a while what belonged to it."""
-        del self.groups[group.group_id]
-        self._recent[group.group_id] = group
-        while len(self._recent) > _RECENT_GROUPS:
-            del self._recent[next(iter(self._recent))]
-        for slot in group.slots:
-            lease = self.leases.get(slot.lease_id) if slot.lease_id else None
-            if lease is not None:
-                self._end_lease(lease, LeaseOutcome.REVOKED, revoke="its group is trained or dropped")
-
-    def _hold(self, groups: Sequence[Group]) -> None:
-        for group in groups:
-            group.due = self._admission.due(group.born.step)
-            self._recent.pop(group.group_id, None)
-            self.groups[group.group_id] = group
-            self._maybe_free.add(group.group_id)
-        self.groups = dict(sorted(self.groups.items()))
-
-    def _is_assigned(self, group: Group) -> bool:
-        return self.assigned is not None and any(g.group_id == group.group_id for g in self.assigned.groups)
+        self._journal.record(SessionClosed(session_id=session.session_id, reason=reason))
 
     def _count_fault(self, lease: LiveLease, kind: FaultKind, message: str) -> None:
         environment = self.groups[lease.group_id].task.environment
         faults = self.faults.setdefault(environment, EnvironmentFaults())
         faults.counts[kind] += 1
         faults.last = message[:500]
-        self._event("fault", f"{kind} fault on lease {lease.lease_id} ({environment}): {message[:500]}")
-
-    # -- what waits for the ledger and for the actors ---------------------------------------
-
-    def take_records(self) -> list[Record]:
-        records, self._records = self._records, []
-        return records
-
-    def take_revocations(self) -> list[Revocation]:
-        revocations, self._revocations = self._revocations, []
-        return revocations
-
-    def _record(self, record: Record) -> None:
-        self._records.append(record)
-
-    def _event(self, kind: str, message: str) -> None:
-        self._record(EventLogged(kind=kind, message=message, time=self._wall_clock()))
+        self._journal.event(
+            "fault", f"{kind} fault on lease {lease.lease_id} ({environment}): {message[:500]}"
+        )

@@ -41,7 +41,7 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
         async with refusals(context):
             await self._coordinator.commit()
             reopened = self._coordinator.ledger.groups_trained_from(request.step)
-            epoch = self._scheduler.open_lineage(request.step, reopened)
+            epoch = self._scheduler.lineage.open(request.step, reopened)
             self._publications.withdraw()
             self._coordinator.trainer = None
             await self._coordinator.commit()
@@ -80,7 +80,7 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
         deadline = clock() + min(to_seconds(request.wait), MAX_BATCH_WAIT_SECONDS)
         while True:
             change = self._coordinator.changed.next()
-            answer = self._scheduler.next_batch(request.epoch, request.step)
+            answer = self._scheduler.lineage.next_batch(request.epoch, request.step)
             if isinstance(answer, Batch):
                 self._note(None)
                 await self._coordinator.commit()
@@ -106,7 +106,7 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
                 raise ProtocolError(
                     f"version {version} was published with the manifest of {manifest.version}"
                 )
-            new = self._scheduler.published(
+            new = self._scheduler.lineage.published(
                 version,
                 manifest.digest,
                 request.manifest.SerializeToString(),
@@ -128,7 +128,7 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
         self, request: pb.SkipStepRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.SkipStepResponse:
         async with refusals(context):
-            self._scheduler.skip(request.epoch, request.step, request.reason)
+            self._scheduler.lineage.skip(request.epoch, request.step, request.reason)
             await self._coordinator.commit()
             return pb.SkipStepResponse()
 
@@ -137,7 +137,9 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
     ) -> pb.RecordCheckpointResponse:
         async with refusals(context):
             version = PolicyVersion(request.epoch, request.step)
-            self._scheduler.checkpointed(version, request.path, request.digest, self._keep_checkpoints)
+            self._scheduler.lineage.checkpointed(
+                version, request.path, request.digest, self._keep_checkpoints
+            )
             await self._coordinator.commit()
             return pb.RecordCheckpointResponse()
 
@@ -145,7 +147,7 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
         self, request: pb.FinishRunRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.FinishRunResponse:
         async with refusals(context):
-            self._scheduler.finish(request.epoch, request.step)
+            self._scheduler.lineage.finish(request.epoch, request.step)
             await self._coordinator.commit()
             await self._coordinator.refresh_totals()
             return pb.FinishRunResponse()

@@ -56,12 +56,12 @@ def make_scheduler(
 
 def start(scheduler: Scheduler, step: int = 0) -> PolicyVersion:
     """Opens a lineage and publishes its first version."""
-    epoch = scheduler.open_lineage(step, [])
+    epoch = scheduler.lineage.open(step, [])
     return publish(scheduler, PolicyVersion(epoch, step))
 
 
 def publish(scheduler: Scheduler, version: PolicyVersion) -> PolicyVersion:
-    scheduler.published(version, digest_of(version), b"", "{}")
+    scheduler.lineage.published(version, digest_of(version), b"", "{}")
     return version
 
 

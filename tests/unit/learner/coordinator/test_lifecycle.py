@@ -81,7 +81,7 @@ class Lifecycle(RuleBasedStateMachine):
         """A trainer starts, or starts again, from the newest checkpoint."""
         self.commit()
         reopened = self.ledger.groups_trained_from(self.checkpoint)
-        epoch = self.scheduler.open_lineage(self.checkpoint, reopened)
+        epoch = self.scheduler.lineage.open(self.checkpoint, reopened)
         self.trained_lineage = {s: ids for s, ids in self.trained_lineage.items() if s < self.checkpoint}
         self.publish(PolicyVersion(epoch, self.checkpoint))
 
@@ -163,7 +163,7 @@ class Lifecycle(RuleBasedStateMachine):
     def trainer_steps(self) -> None:
         version = self.scheduler.version
         assert version is not None
-        batch = self.scheduler.next_batch(version.epoch, version.step)
+        batch = self.scheduler.lineage.next_batch(version.epoch, version.step)
         if not isinstance(batch, Batch):
             return
         for group in batch.groups:
@@ -179,15 +179,15 @@ class Lifecycle(RuleBasedStateMachine):
     def trainer_skips(self) -> None:
         version = self.scheduler.version
         assert version is not None
-        if isinstance(self.scheduler.next_batch(version.epoch, version.step), Batch):
-            self.scheduler.skip(version.epoch, version.step, "not finite")
+        if isinstance(self.scheduler.lineage.next_batch(version.epoch, version.step), Batch):
+            self.scheduler.lineage.skip(version.epoch, version.step, "not finite")
         self.commit()
 
     @rule()
     def trainer_checkpoints(self) -> None:
         version = self.scheduler.version
         assert version is not None
-        self.scheduler.checkpointed(version, "path", "digest", keep=1)
+        self.scheduler.lineage.checkpointed(version, "path", "digest", keep=1)
         self.checkpoint = version.step
         self.commit()
 
@@ -245,7 +245,7 @@ class Lifecycle(RuleBasedStateMachine):
         return verdict
 
     def publish(self, version: PolicyVersion) -> None:
-        self.scheduler.published(version, digest_of(version), b"", "{}")
+        self.scheduler.lineage.published(version, digest_of(version), b"", "{}")
         self.commit()
 
     def commit(self) -> None:

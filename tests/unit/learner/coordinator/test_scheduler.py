@@ -17,7 +17,7 @@ def test_a_step_goes_from_lease_to_trained():
     submit = Submitter(scheduler, join(scheduler))
     for lease in acquire(scheduler, submit.session_id, version, num=4):
         assert submit(make_message(lease, version)).state is TrajectoryState.PENDING
-    batch = scheduler.next_batch(version.epoch, step=0)
+    batch = scheduler.lineage.next_batch(version.epoch, step=0)
     assert isinstance(batch, Batch)
     assert [group.group_id for group in batch.groups] == [0, 1]
     publish(scheduler, PolicyVersion(version.epoch, 1))
@@ -31,8 +31,8 @@ def test_every_rank_gets_the_same_batch():
     submit = Submitter(scheduler, join(scheduler))
     for lease in acquire(scheduler, submit.session_id, version):
         submit(make_message(lease, version))
-    first = scheduler.next_batch(version.epoch, step=0)
-    assert scheduler.next_batch(version.epoch, step=0) is first
+    first = scheduler.lineage.next_batch(version.epoch, step=0)
+    assert scheduler.lineage.next_batch(version.epoch, step=0) is first
 
 
 def test_no_lease_is_granted_before_a_version_is_published():
@@ -64,7 +64,7 @@ def test_max_lag_zero_leases_the_next_groups_only_after_the_step():
     for lease in acquire(scheduler, submit.session_id, version):
         submit(make_message(lease, version))
     assert not acquire(scheduler, submit.session_id, version)
-    scheduler.next_batch(version.epoch, step=0)
+    scheduler.lineage.next_batch(version.epoch, step=0)
     assert not acquire(scheduler, submit.session_id, version)
     new = publish(scheduler, PolicyVersion(version.epoch, 1))
     assert not acquire(scheduler, submit.session_id, version), "the old version would be trained with lag 1"
@@ -79,16 +79,18 @@ def test_a_step_waits_for_an_unfinished_group_that_would_be_trained_too_late():
     of_group = {group: [lease for lease in leases if lease.group_id == group] for group in range(3)}
     for lease in of_group[2]:
         submit(make_message(lease, version))
-    assert isinstance(scheduler.next_batch(version.epoch, 0), Batch), "two steps are left for two groups"
+    assert isinstance(scheduler.lineage.next_batch(version.epoch, 0), Batch), (
+        "two steps are left for two groups"
+    )
     second = publish(scheduler, PolicyVersion(version.epoch, 1))
     for lease in acquire(scheduler, submit.session_id, second):
         submit(make_message(lease, second))
-    waiting = scheduler.next_batch(version.epoch, 1)
+    waiting = scheduler.lineage.next_batch(version.epoch, 1)
     assert isinstance(waiting, Waiting), "group 3 is ready, but then group 0 or 1 would be trained with lag 3"
     assert [group.group_id for group in waiting.groups] == [0, 1]
     for lease in of_group[0]:
         submit(make_message(lease, version))
-    batch = scheduler.next_batch(version.epoch, 1)
+    batch = scheduler.lineage.next_batch(version.epoch, 1)
     assert isinstance(batch, Batch)
     assert batch.groups[0].group_id == 0
 
@@ -217,7 +219,7 @@ def test_a_slot_is_given_up_after_its_budget_and_the_rest_of_the_group_is_traine
     submit.release(bad, LeaseOutcome.DATA, "the task is broken")
     again = acquire(scheduler, submit.session_id, version, num=1)[0]
     submit.release(again, LeaseOutcome.DATA, "the task is broken")
-    batch = scheduler.next_batch(version.epoch, 0)
+    batch = scheduler.lineage.next_batch(version.epoch, 0)
     assert isinstance(batch, Batch)
     assert len(batch.groups[0].members) == 2
 
@@ -262,9 +264,9 @@ def test_a_skipped_step_quarantines_its_batch_and_makes_another():
     submit = Submitter(scheduler, join(scheduler))
     for lease in acquire(scheduler, submit.session_id, version):
         submit(make_message(lease, version))
-    poisoned = scheduler.next_batch(version.epoch, 0)
-    scheduler.skip(version.epoch, 0, "the loss is nan")
-    batch = scheduler.next_batch(version.epoch, 0)
+    poisoned = scheduler.lineage.next_batch(version.epoch, 0)
+    scheduler.lineage.skip(version.epoch, 0, "the loss is nan")
+    batch = scheduler.lineage.next_batch(version.epoch, 0)
     assert isinstance(poisoned, Batch)
     assert isinstance(batch, Batch)
     assert batch.groups[0].group_id != poisoned.groups[0].group_id
@@ -275,7 +277,7 @@ def test_a_newer_trainer_fences_the_older_one():
     old = start(scheduler)
     start(scheduler)
     with pytest.raises(SessionFenced):
-        scheduler.next_batch(old.epoch, 0)
+        scheduler.lineage.next_batch(old.epoch, 0)
     with pytest.raises(SessionFenced):
         publish(scheduler, PolicyVersion(old.epoch, 1))
 
@@ -284,7 +286,7 @@ def test_a_version_has_one_digest():
     scheduler = make_scheduler()
     version = start(scheduler)
     with pytest.raises(ProtocolError, match="digest"):
-        scheduler.published(version, "another", b"", "{}")
+        scheduler.lineage.published(version, "another", b"", "{}")
 
 
 def test_what_was_trained_after_the_checkpoint_is_trained_again():
@@ -293,12 +295,12 @@ def test_what_was_trained_after_the_checkpoint_is_trained_again():
     submit = Submitter(scheduler, join(scheduler))
     for lease in acquire(scheduler, submit.session_id, version):
         submit(make_message(lease, version))
-    batch = scheduler.next_batch(version.epoch, 0)
+    batch = scheduler.lineage.next_batch(version.epoch, 0)
     assert isinstance(batch, Batch)
     publish(scheduler, PolicyVersion(version.epoch, 1))
-    epoch = scheduler.open_lineage(0, list(batch.groups))
+    epoch = scheduler.lineage.open(0, list(batch.groups))
     publish(scheduler, PolicyVersion(epoch, 0))
-    again = scheduler.next_batch(epoch, 0)
+    again = scheduler.lineage.next_batch(epoch, 0)
     assert isinstance(again, Batch)
     assert again.groups[0].group_id == batch.groups[0].group_id
 
@@ -330,7 +332,7 @@ def test_a_trajectory_that_began_before_its_group_is_stale():
     submit = Submitter(scheduler, join(scheduler))
     for lease in acquire(scheduler, submit.session_id, first):
         submit(make_message(lease, first))
-    scheduler.next_batch(first.epoch, 0)
+    scheduler.lineage.next_batch(first.epoch, 0)
     second = publish(scheduler, PolicyVersion(first.epoch, 1))
     lease = acquire(scheduler, submit.session_id, second, num=1)[0]
     verdict = submit(make_message(lease, first))
@@ -367,7 +369,7 @@ def test_mixed_versions_are_accepted_in_order_only():
     leases = acquire(scheduler, submit.session_id, first)
     for lease in leases[:2]:
         submit(make_message(lease, first))
-    scheduler.next_batch(first.epoch, 0)
+    scheduler.lineage.next_batch(first.epoch, 0)
     second = publish(scheduler, PolicyVersion(first.epoch, 1))
     forwards = (VersionSpan(first, 1), VersionSpan(second, 2))
     assert submit(make_message(leases[2], first, versions=forwards)).state is TrajectoryState.PENDING

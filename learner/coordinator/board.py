@@ -1,0 +1,118 @@
+"""The groups that are open and the leases on them: how each of them ends.
+
+Both sides of the scheduler work on one board: actors' leases fill its slots, and the
+trainer takes complete groups off it (`learner.coordinator.lineage`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from learner.config import FleetConfig
+from learner.coordinator.admission import Admission
+from learner.coordinator.decisions import Batch, Revocation
+from learner.coordinator.groups import Group, LeaseOutcome
+from learner.coordinator.journal import Journal
+from learner.coordinator.leases import LeaseTable, LiveLease
+from learner.coordinator.records import GroupDropped, LeaseEnded, TrajectoryState
+
+DEATHS_BEFORE_QUARANTINE = 3
+_RECENT_GROUPS = 1024
+
+
+class Board:
+    """Open groups by id, those that were closed lately, and live leases."""
+
+    def __init__(self, *, fleet: FleetConfig, admission: Admission, journal: Journal) -> None:
+        self.groups: dict[int, Group] = {}
+        self.leases = LeaseTable(progress_timeout=fleet.progress_timeout_seconds)
+        self.assigned: Batch | None = None
+        """What the trainer works on: its groups are on the board still, and closed to actors."""
+        self._fleet = fleet
+        self._admission = admission
+        self._journal = journal
+        self._recent: dict[int, Group] = {}
+        self._maybe_free: set[int] = set()
+        self._revocations: list[Revocation] = []
+
+    def find(self, group_id: int) -> Group | None:
+        """A group that is open, or was until lately."""
+        return self.groups.get(group_id) or self._recent.get(group_id)
+
+    def is_assigned(self, group: Group) -> bool:
+        return self.assigned is not None and any(g.group_id == group.group_id for g in self.assigned.groups)
+
+    def free_slot(self, born: int) -> tuple[Group, int] | None:
+        """The first free slot of the oldest group that was born at version `born` or before."""
+        for group_id in sorted(self._maybe_free):
+            group = self.groups.get(group_id)
+            number = None if group is None else group.free_slot()
+            if group is None or number is None:
+                self._maybe_free.discard(group_id)
+            elif group.born.step <= born and not self.is_assigned(group):
+                return group, number
+        return None
+
+    def open(self, group: Group) -> None:
+        self.groups[group.group_id] = group
+        self._maybe_free.add(group.group_id)
+
+    def hold(self, groups: Sequence[Group]) -> None:
+        """Takes groups from the ledger."""
+        for group in groups:
+            group.due = self._admission.due(group.born.step)
+            self._recent.pop(group.group_id, None)
+            self.open(group)
+        self.groups = dict(sorted(self.groups.items()))
+
+    def end_lease(
+        self, lease: LiveLease, outcome: LeaseOutcome, *, message: str = "", revoke: str = ""
+    ) -> None:
+        self.leases.end(lease.lease_id)
+        self._journal.record(LeaseEnded(lease_id=lease.lease_id, outcome=outcome, message=message[:500]))
+        if revoke:
+            self._revocations.append(Revocation(lease.session_id, lease.lease_id, revoke))
+        group = self.groups.get(lease.group_id)
+        if group is None:
+            return
+        slot = group.slots[lease.slot]
+        if slot.lease_id == lease.lease_id:
+            slot.lease_id = None
+            self._maybe_free.add(group.group_id)
+        slot.faults[outcome] += 1
+        slot.given_up = slot.filled is None and (
+            slot.faults[LeaseOutcome.INFRASTRUCTURE] >= self._fleet.infrastructure_budget
+            or slot.faults[LeaseOutcome.DATA] >= self._fleet.data_budget
+        )
+        self.give_up_if_hopeless(group)
+
+    def give_up_if_hopeless(self, group: Group) -> None:
+        if group.group_id not in self.groups or self.is_assigned(group):
+            return
+        if len(group.deaths) >= DEATHS_BEFORE_QUARANTINE:
+            self.drop(group, TrajectoryState.QUARANTINED, f"{len(group.deaths)} actors died on its task")
+        elif group.is_settled and not group.is_ready:
+            self.drop(group, TrajectoryState.GROUP_DROPPED, "fewer than two trajectories after its faults")
+
+    def drop(self, group: Group, state: TrajectoryState, reason: str, *, quietly: bool = False) -> None:
+        """Closes a group untrained: its pending trajectories end in `state`."""
+        self.close(group)
+        self._journal.record(GroupDropped(group_id=group.group_id, state=state, reason=reason))
+        if not quietly:
+            self._journal.event("dropped", f"group {group.group_id} ({group.task}): {reason}")
+
+    def close(self, group: Group) -> None:
+        """Holds a group no more, but remembers for a while what belonged to it."""
+        del self.groups[group.group_id]
+        self._recent[group.group_id] = group
+        while len(self._recent) > _RECENT_GROUPS:
+            del self._recent[next(iter(self._recent))]
+        for slot in group.slots:
+            lease = self.leases.get(slot.lease_id) if slot.lease_id else None
+            if lease is not None:
+                self.end_lease(lease, LeaseOutcome.REVOKED, revoke="its group is trained or dropped")
+
+    def take_revocations(self) -> list[Revocation]:
+        """What actors must be told."""
+        revocations, self._revocations = self._revocations, []
+        return revocations

@@ -1,0 +1,148 @@
+"""The trainer's side of a run: from which checkpoint it trains, on what, and which versions it made.
+
+Pure, like the scheduler that it belongs to. A lineage is the life of one trainer: it
+starts from a checkpoint, and every version that it publishes carries its epoch. What
+lineages before it consumed from that checkpoint on is void.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from learner.config import ScheduleConfig
+from learner.coordinator.batches import WaitFor, choose
+from learner.coordinator.board import Board
+from learner.coordinator.decisions import Batch, Waiting
+from learner.coordinator.groups import Group
+from learner.coordinator.journal import Journal
+from learner.coordinator.records import (
+    BatchTrained,
+    CheckpointWritten,
+    LineageOpened,
+    RunFinished,
+    TrajectoryState,
+    VersionPublished,
+)
+from penstock.errors import ProtocolError, SessionFenced
+from penstock.trajectory import PolicyVersion
+
+
+class Lineage:
+    """Versions, and the batches that they are made of."""
+
+    def __init__(self, *, schedule: ScheduleConfig, board: Board, journal: Journal) -> None:
+        self.epoch = 0
+        self.version: PolicyVersion | None = None
+        """The newest of this epoch."""
+        self.versions: dict[PolicyVersion, str] = {}
+        """Digest of every version ever published."""
+        self.finished = False
+        self._schedule = schedule
+        self._board = board
+        self._journal = journal
+
+    def restore(self, *, epoch: int, versions: dict[PolicyVersion, str]) -> None:
+        """Goes on from a ledger."""
+        self.epoch, self.versions = epoch, dict(versions)
+
+    def open(self, step: int, reopened: Sequence[Group]) -> int:
+        """A trainer starts from checkpoint `step`. Returns the epoch of its versions.
+
+        reopened: the groups that steps >= `step` had trained.
+        """
+        self.epoch += 1
+        self.version, self._board.assigned, self.finished = None, None, False
+        self._board.hold(reopened)
+        self._journal.record(LineageOpened(epoch=self.epoch, step=step))
+        self._journal.event(
+            "lineage", f"epoch {self.epoch} starts from step {step}; {len(reopened)} groups to train again"
+        )
+        return self.epoch
+
+    def published(self, version: PolicyVersion, digest: str, manifest: bytes, metrics: str) -> bool:
+        """A version exists, made from the batch assigned to the step before it, if there was one.
+
+        False if it was published already. Raises ProtocolError, SessionFenced.
+        """
+        self.require_epoch(version.epoch)
+        if version in self.versions:
+            if self.versions[version] != digest:
+                raise ProtocolError(
+                    f"version {version} has digest {self.versions[version]}; a second publication says {digest}"
+                )
+            return False
+        if self.version is not None:
+            self._train_assigned(version)
+        self.version = version
+        self.versions[version] = digest
+        self._journal.record(
+            VersionPublished(version=version, digest=digest, manifest=manifest, metrics=metrics)
+        )
+        self._drop_overdue()
+        return True
+
+    def next_batch(self, epoch: int, step: int) -> Batch | Waiting:
+        """The batch of a step: the same for every rank that asks. Raises ProtocolError, SessionFenced."""
+        self.require_epoch(epoch)
+        if self.version is None or step != self.version.step:
+            raise ProtocolError(f"asked for the batch of step {step}; the newest version is {self.version}")
+        if self._board.assigned is not None:
+            return self._board.assigned
+        open_groups = self._board.groups.values()
+        choice = choose(open_groups, version=step, groups_per_step=self._schedule.groups_per_step)
+        if isinstance(choice, WaitFor):
+            return Waiting(choice.reason, choice.groups)
+        self._board.assigned = Batch(step, choice.groups)
+        return self._board.assigned
+
+    def skip(self, epoch: int, step: int, reason: str) -> None:
+        """The assigned batch gave a non-finite loss or gradient: its trajectories are set aside."""
+        self.require_epoch(epoch)
+        assigned = self._board.assigned
+        if assigned is None or assigned.step != step:
+            return
+        self._board.assigned = None
+        ids = [member.trajectory_id for group in assigned.groups for member in group.members]
+        self._journal.event("non_finite", f"step {step} was skipped: {reason}; quarantined {', '.join(ids)}")
+        for group in assigned.groups:
+            self._board.drop(group, TrajectoryState.QUARANTINED, reason)
+
+    def checkpointed(self, version: PolicyVersion, path: str, digest: str, keep: int) -> None:
+        self.require_epoch(version.epoch)
+        self._journal.record(CheckpointWritten(version=version, path=path, digest=digest, keep=keep))
+        self._journal.event("checkpoint", f"version {version} at {path}")
+
+    def finish(self, epoch: int, step: int) -> None:
+        """The last step is trained: what is still leased will not be."""
+        self.require_epoch(epoch)
+        if self.finished:
+            return
+        self.finished = True
+        self._journal.record(RunFinished(step=step))
+        self._journal.event("finished", f"after step {step}")
+        for group in list(self._board.groups.values()):
+            self._board.drop(group, TrajectoryState.SURPLUS, "the run is finished", quietly=True)
+
+    def require_epoch(self, epoch: int) -> None:
+        """Raises SessionFenced."""
+        if epoch != self.epoch:
+            raise SessionFenced(f"a trainer of epoch {epoch} was replaced by epoch {self.epoch}")
+
+    def _train_assigned(self, version: PolicyVersion) -> None:
+        batch, self._board.assigned = self._board.assigned, None
+        if batch is None or version.step != batch.step + 1:
+            raise ProtocolError(
+                f"version {version} was published without the batch of step {version.step - 1}"
+            )
+        for group in batch.groups:
+            self._board.close(group)
+        group_ids = tuple(group.group_id for group in batch.groups)
+        self._journal.record(BatchTrained(step=batch.step, group_ids=group_ids))
+
+    def _drop_overdue(self) -> None:
+        """Ends groups past their due version: only a run resumed with a smaller max_lag has any."""
+        assert self.version is not None
+        for group in list(self._board.groups.values()):
+            if group.due < self.version.step and not self._board.is_assigned(group):
+                reason = f"due by version {group.due}, now {self.version}"
+                self._board.drop(group, TrajectoryState.STALE, reason)
