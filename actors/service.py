@@ -36,7 +36,8 @@ from penstock.v1 import coordinator_pb2 as pb
 _log = logging.getLogger(__name__)
 
 LEASE_WAIT_SECONDS = 10.0
-_FINISH_SECONDS = 3.0
+_FINISH_SECONDS = 2.0
+_RETURN_SECONDS = 2.5
 _FLUSH_SECONDS = 3.0
 
 
@@ -196,7 +197,9 @@ class Actor:
         except EngineFault as fault:
             item.release.CopyFrom(self._release(lease, pb.RELEASE_REASON_INFRASTRUCTURE, f"engine: {fault}"))
         try:
-            await self.uplink.put(item)
+            if not await self.uplink.put(item):
+                self.counts["unsent"] += 1
+                _log.warning("lease %s ended after the uplink was closed: its item is lost", lease.lease_id)
         finally:
             # Also when the lease is revoked while the spool is full.
             del self._running[lease.lease_id]
@@ -288,7 +291,7 @@ class Actor:
             for task in late:
                 task.cancel()
             if late:
-                await asyncio.wait(late, timeout=_FINISH_SECONDS)
+                await asyncio.wait(late, timeout=_RETURN_SECONDS)
         if not await self.uplink.flush(_FLUSH_SECONDS):
             _log.warning("%d items were not acknowledged and are lost", self.uplink.num_unacknowledged)
         await self.uplink.close()

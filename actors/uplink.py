@@ -54,13 +54,19 @@ class Uplink:
         """Leases whose items are not acknowledged yet."""
         return [_lease_id(item) for item in self._items]
 
-    async def put(self, item: pb.SubmitItem) -> None:
-        """Spools an item. Waits while the spool is full; the session's patience bounds that wait."""
+    async def put(self, item: pb.SubmitItem) -> bool:
+        """Spools an item; False if the uplink was closed before there was room.
+
+        Waits while the spool is full. The session's patience bounds that wait, and `close` ends it.
+        """
         async with self._changed:
-            await self._changed.wait_for(lambda: self._num_bytes < self._max_bytes)
+            await self._changed.wait_for(lambda: self._num_bytes < self._max_bytes or self._closing)
+            if self._closing:
+                return False
             self._items.append(item)
             self._num_bytes += item.ByteSize()
             self._changed.notify_all()
+            return True
 
     async def flush(self, seconds: float) -> bool:
         """Waits until everything is acknowledged; False if that took longer than `seconds`."""
@@ -72,7 +78,7 @@ class Uplink:
         return True
 
     async def close(self) -> None:
-        """Lets `run` end, once what is spooled is sent and acknowledged."""
+        """Takes no more items; lets `run` end, once what is spooled is sent and acknowledged."""
         async with self._changed:
             self._closing = True
             self._changed.notify_all()

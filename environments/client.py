@@ -32,7 +32,7 @@ from penstock.v1.environment_pb2_grpc import EnvironmentServiceStub
 _log = logging.getLogger(__name__)
 
 FAULT_KEY = "penstock-fault"
-_CLOSE_SECONDS = 5.0
+_CLOSE_SECONDS = 2.0
 _MAX_RETRIES = 3
 _FIRST_PAUSE_SECONDS = 0.1
 _MAX_PAUSE_SECONDS = 2.0

@@ -141,6 +141,17 @@ async def test_a_full_spool_holds_back_who_fills_it():
         assert uplink.held_leases() == ["1"]
 
 
+async def test_who_waits_for_room_is_turned_away_when_the_uplink_closes():
+    async with running(Learner(), max_bytes=1) as uplink:
+        assert await uplink.put(item("1"))
+        waiting = asyncio.create_task(uplink.put(item("2")))
+        await asyncio.sleep(0)
+        await uplink.close()
+        async with asyncio.timeout(20.0):
+            assert not await waiting
+        assert uplink.held_leases() == ["1"]
+
+
 async def test_a_fenced_session_ends_the_uplink():
     learner = Learner()
     learner.abort_with = grpc.StatusCode.ABORTED
