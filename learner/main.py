@@ -4,25 +4,29 @@
       ├── python -m learner.coordinator   gRPC, ledger, weights server
       └── python -m learner.training      one process a rank
 
-A trainer that dies is started again and resumes from its newest checkpoint, while the
-coordinator and the actors stay. When the coordinator dies the learner ends; the same
-command resumes the run.
+Either may die while the other and the actors stay: it is started again, and goes on. A
+trainer resumes from its newest checkpoint; a coordinator takes up the ledger on the same
+port, and the trainer's calls wait for it. Deaths without a step in between are counted,
+and too many of them end the learner; the same command resumes the run.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import uvloop
 
 from learner.config import RunConfig
 from learner.training.launch import launch_command
 from penstock import config, log
-from penstock.errors import ConfigError, PenstockError, TrainingDiverged
+from penstock.errors import ConfigError, LedgerError, PenstockError, TrainingDiverged
 from penstock.policy_files import read_policy_folder
 from penstock.processes import Child
 from penstock.signals import Stop
@@ -30,13 +34,16 @@ from penstock.tasks import unless_stopped
 
 _log = logging.getLogger(__name__)
 
-MAX_TRAINER_RESTARTS = 3
+MOST_RESTARTS = 5
+"""Of one program, without a step in between."""
+_BACKOFF_SECONDS = (0.5, 10.0)
 _COORDINATOR_START_SECONDS = 120.0
 _TRAINER_GRACE_SECONDS = 7.0
 _COORDINATOR_GRACE_SECONDS = 4.0
 _FAREWELL_SECONDS = 20.0
-_FINAL = (0, ConfigError.exit_status, TrainingDiverged.exit_status)
-"""Exit statuses of a trainer that need no second try."""
+_FINAL = (0, ConfigError.exit_status, TrainingDiverged.exit_status, LedgerError.exit_status)
+"""Exit statuses that need no second try."""
+_TAIL_BYTES = 64 * 1024
 
 
 def main(argv: Sequence[str]) -> int:
@@ -53,25 +60,13 @@ async def _supervise(settings: RunConfig) -> int:
     stop = Stop()
     stop.on_signals()
     _write_config(settings)
-    path = str(settings.run_dir / "config.toml")
-    coordinator = await Child.start(
-        "coordinator", [sys.executable, "-m", "learner.coordinator", path], capture=True
-    )
+    programs = _Programs(settings, stop)
     try:
-        address = await unless_stopped(
-            coordinator.ready_line("coordinator ready on", timeout_seconds=_COORDINATOR_START_SECONDS),
-            stop,
-            name="coordinator's start",
-        )
-        if address is None:
-            return 0 if stop.is_set() else await coordinator.wait()
-        print(f"learner ready on {address}", flush=True)  # noqa: T201
-        status = await _train(settings, address, coordinator, stop)
-        if status == 0 and not stop.is_set():
-            await _farewell(coordinator)
+        if await programs.start():
+            await programs.keep()
     finally:
-        coordinator_status = await coordinator.stop(grace_seconds=_COORDINATOR_GRACE_SECONDS)
-    return status or coordinator_status
+        status = await programs.end()
+    return status
 
 
 def _write_config(settings: RunConfig) -> None:
@@ -83,32 +78,127 @@ def _write_config(settings: RunConfig) -> None:
         raise ConfigError(f"run_dir {settings.run_dir} cannot be written: {error}") from error
 
 
-async def _train(settings: RunConfig, address: str, coordinator: Child, stop: Stop) -> int:
-    """Runs the trainer, again if it dies, until it is done, or anything else ends."""
-    arguments = [str(settings.run_dir), "--coordinator", address]
-    command = launch_command(
-        module="learner.training", arguments=arguments, num_ranks=settings.training.num_ranks
-    )
-    for attempt in range(MAX_TRAINER_RESTARTS + 1):
-        if attempt:
-            _log.warning("starting the trainer again (%d of %d)", attempt, MAX_TRAINER_RESTARTS)
-        trainer = await Child.start("trainer", command)
-        try:
-            await _first_to_end(trainer, coordinator, stop)
-            if coordinator.status == 0:
-                # It ends by itself only after the run: the trainer is on its way out too.
-                await trainer.wait_at_most(_TRAINER_GRACE_SECONDS)
-        finally:
-            status = await trainer.stop(grace_seconds=_TRAINER_GRACE_SECONDS)
-        if stop.is_set() or status in _FINAL:
-            return status
-        if coordinator.status is not None:
+class Restarts:
+    """Lets a program be started again, after a while, unless it died too often without a step in between."""
+
+    def __init__(self, name: str, metrics: Path) -> None:
+        """metrics: the run's metrics.jsonl; its last step tells whether the run gets on."""
+        self._name = name
+        self._metrics = metrics
+        self._furthest = steps_done(metrics)
+        self._count = 0
+
+    def backoff(self, status: int) -> float:
+        """Seconds to wait before the next start. Raises PenstockError when it was one death too many."""
+        step = steps_done(self._metrics)
+        if step > self._furthest:
+            self._furthest, self._count = step, 0
+        self._count += 1
+        if self._count > MOST_RESTARTS:
             raise PenstockError(
-                f"the coordinator ended with status {coordinator.status}; its log says why. Start the learner "
-                "again with the same command to resume"
+                f"the {self._name} died {self._count} times without a step in between, the last time with "
+                f"status {status}; its log says why. Start the learner again with the same command to resume"
             )
-        _log.error("the trainer ended with status %d", status)
-    raise PenstockError(f"the trainer failed {MAX_TRAINER_RESTARTS + 1} times; its log says why")
+        first, most = _BACKOFF_SECONDS
+        seconds: float = min(first * 2 ** (self._count - 1), most)
+        _log.error(
+            "the %s ended with status %d; starting it again in %.1f s (%d of %d)",
+            self._name, status, seconds, self._count, MOST_RESTARTS,
+        )  # fmt: skip
+        return seconds
+
+
+def steps_done(metrics: Path) -> int:
+    """The step in the last whole line of a metrics file; 0 if there is none, or a crash tore it."""
+    if not metrics.exists():
+        return 0
+    with metrics.open("rb") as file:
+        file.seek(max(0, metrics.stat().st_size - _TAIL_BYTES), os.SEEK_SET)
+        lines = file.read().split(b"\n")[:-1]
+    try:
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+    except (ValueError, KeyError):
+        return 0
+
+
+class _Programs:
+    """The coordinator and the trainer."""
+
+    def __init__(self, settings: RunConfig, stop: Stop) -> None:
+        self._settings = settings
+        self._stop = stop
+        self._bind = settings.bind
+        metrics = settings.run_dir / "metrics.jsonl"
+        self._coordinator_restarts = Restarts("coordinator", metrics)
+        self._trainer_restarts = Restarts("trainer", metrics)
+        self._coordinator: Child | None = None
+        self._trainer: Child | None = None
+
+    async def start(self) -> bool:
+        """False if there is nothing to keep: a stop came first, or the coordinator cannot run."""
+        if not await self._start_coordinator():
+            return False
+        print(f"learner ready on {self._bind}", flush=True)  # noqa: T201
+        await self._start_trainer()
+        return True
+
+    async def keep(self) -> None:
+        """Starts again what dies, until the run is done, something is final, or a stop. Raises PenstockError."""
+        while True:
+            assert self._coordinator is not None
+            assert self._trainer is not None
+            await _first_to_end(self._trainer, self._coordinator, self._stop)
+            coordinator, trainer = self._coordinator.status, self._trainer.status
+            if self._stop.is_set() or trainer in _FINAL or coordinator in _FINAL:
+                return
+            if coordinator is not None:
+                if not await self._stop.sleep(self._coordinator_restarts.backoff(coordinator)):
+                    await self._start_coordinator()
+            elif trainer is not None and not await self._stop.sleep(self._trainer_restarts.backoff(trainer)):
+                await self._start_trainer()
+
+    async def end(self) -> int:
+        """Stops what runs, the trainer first. Returns the learner's exit status."""
+        if self._coordinator is None:
+            return 0
+        status, is_complete = 0, False
+        if self._trainer is not None:
+            if self._coordinator.status == 0:
+                # It ends by itself only after the run: the trainer is on its way out too.
+                await self._trainer.wait_at_most(_TRAINER_GRACE_SECONDS)
+            is_complete = self._trainer.status == 0 and not self._stop.is_set()
+            status = await self._trainer.stop(grace_seconds=_TRAINER_GRACE_SECONDS)
+            if is_complete:
+                await _farewell(self._coordinator)
+        coordinator_status = await self._coordinator.stop(grace_seconds=_COORDINATOR_GRACE_SECONDS)
+        if coordinator_status == LedgerError.exit_status:
+            return coordinator_status
+        if is_complete and coordinator_status < 0:
+            _log.warning("the run is complete, but its coordinator was killed before all actors heard of it")
+            return 0
+        return status or coordinator_status
+
+    async def _start_coordinator(self) -> bool:
+        """Starts it on the port that it had, if it had one. False if it does not get ready."""
+        path = str(self._settings.run_dir / "config.toml")
+        command = [sys.executable, "-m", "learner.coordinator", path, "--bind", self._bind]
+        self._coordinator = await Child.start("coordinator", command, capture=True)
+        address = await unless_stopped(
+            self._coordinator.ready_line("coordinator ready on", timeout_seconds=_COORDINATOR_START_SECONDS),
+            self._stop,
+            name="coordinator's start",
+        )
+        if address is None:
+            await self._coordinator.wait_at_most(_COORDINATOR_GRACE_SECONDS)
+            return False
+        self._bind = address
+        return True
+
+    async def _start_trainer(self) -> None:
+        arguments = [str(self._settings.run_dir), "--coordinator", self._bind]
+        num_ranks = self._settings.training.num_ranks
+        command = launch_command(module="learner.training", arguments=arguments, num_ranks=num_ranks)
+        self._trainer = await Child.start("trainer", command)
 
 
 async def _first_to_end(trainer: Child, coordinator: Child, stop: Stop) -> None:

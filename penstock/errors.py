@@ -6,7 +6,7 @@
     ├── Stopped                       asked to stop before there was work to drain; exit status 0
     ├── PeerLost                      a peer is gone, or did not answer by a deadline
     ├── SessionFenced                 a newer session took over
-    ├── LedgerError                   the ledger cannot be trusted to be durable; fatal
+    ├── LedgerError                   the ledger cannot be trusted to be durable; fatal; exit status 4
     ├── WeightTransferError           a version did not arrive whole; fetch again
     ├── TrainingDiverged              step after step is not finite; exit status 3
     ├── EngineFault                   an engine failed while generating
@@ -51,6 +51,8 @@ class SessionFenced(PenstockError):
 
 class LedgerError(PenstockError):
     """The ledger cannot be trusted to be durable. Fatal: exit and replay, never retry."""
+
+    exit_status = 4
 
 
 class WeightTransferError(PenstockError):

@@ -100,7 +100,7 @@ class FakeCoordinator:
         )
 
     def publish_version(
-        self, version: PolicyVersion, manifest: Manifest, metrics: Mapping[str, float]
+        self, version: PolicyVersion, manifest: Manifest, metrics: Mapping[str, float], trained: Sequence[int]
     ) -> None:
         self.calls.append(f"publish {version}")
         self.metrics[version.step] = metrics

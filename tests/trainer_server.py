@@ -21,6 +21,7 @@ class TrainerServer(trainer_pb2_grpc.TrainerServiceServicer):
     def __init__(self, *, num_batches: int = 10**9, make: Callable[[int], Batch] = make_batch) -> None:
         self.calls: list[str] = []
         self.metrics: dict[int, dict[str, float]] = {}
+        self.trained: dict[int, tuple[int, ...]] = {}
         self.on_batch: Callable[[int], None] = lambda step: None
         """Called before each batch is handed out."""
         self.published: dict[int, threading.Event] = {}
@@ -64,6 +65,7 @@ class TrainerServer(trainer_pb2_grpc.TrainerServiceServicer):
     def PublishVersion(self, request: Any, context: Any) -> Any:
         self.calls.append(f"publish {request.version.epoch}.{request.version.step}")
         self.metrics[request.version.step] = dict(request.metrics)
+        self.trained[request.version.step] = tuple(request.group_ids)
         self.published.setdefault(request.version.step, threading.Event()).set()
         return trainer_pb2.PublishVersionResponse()
 

@@ -33,6 +33,10 @@ class Admission:
         """The last version on which a group born at `born` may be trained."""
         return born + self.schedule.max_lag
 
+    def in_turn(self, version: int, turn: int) -> int:
+        """The version on which the group of that turn (0 is next) is trained if all before it are."""
+        return version + turn // self.schedule.groups_per_step
+
     def refusal(self, *, version: int, born: int, num_open: int) -> str | None:
         """Why no new group may be opened now; None if one may.
 

@@ -15,6 +15,7 @@ from learner.coordinator.groups import Group, LeaseOutcome
 from learner.coordinator.journal import Journal
 from learner.coordinator.leases import LeaseTable, LiveLease
 from learner.coordinator.records import GroupDropped, LeaseEnded, TrajectoryState
+from penstock.trajectory import PolicyVersion
 
 DEATHS_BEFORE_QUARANTINE = 3
 _RECENT_GROUPS = 1024
@@ -60,10 +61,22 @@ class Board:
     def hold(self, groups: Sequence[Group]) -> None:
         """Takes groups from the ledger."""
         for group in groups:
-            group.due = self._admission.due(group.born.step)
             self._recent.pop(group.group_id, None)
             self.open(group)
         self.groups = dict(sorted(self.groups.items()))
+
+    def set_dues(self, first: PolicyVersion | None, step: int) -> None:
+        """Settles by when each group is to be trained, after groups came from the ledger.
+
+        first: the version that the lineage started from. Groups of a void lineage were born
+        again there, and may be more than max_lag allows: they are due in turn, from `step`
+        on, so that each has its step as it had before.
+        """
+        ordered = sorted(self.groups.values(), key=lambda group: (group.born.step, group.group_id))
+        for turn, group in enumerate(ordered):
+            group.due = self._admission.due(group.born.step)
+            if group.born == first:
+                group.due = max(group.due, self._admission.in_turn(step, turn))
 
     def end_lease(
         self, lease: LiveLease, outcome: LeaseOutcome, *, message: str = "", revoke: str = ""

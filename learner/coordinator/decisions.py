@@ -45,6 +45,10 @@ class Batch:
     step: int
     groups: tuple[Group, ...]
 
+    @property
+    def group_ids(self) -> tuple[int, ...]:
+        return tuple(group.group_id for group in self.groups)
+
 
 @dataclass(frozen=True, slots=True)
 class Waiting:

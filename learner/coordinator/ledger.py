@@ -32,7 +32,7 @@ from penstock.trajectory import PolicyVersion, Task
 
 _log = logging.getLogger(__name__)
 
-FORMAT = "1"
+FORMAT = "2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,14 +60,30 @@ class Recovered:
     run_id: str
     epoch: int
     """Of the newest lineage; 0 if no trainer ever started."""
+    from_step: int
+    """Of the checkpoint that the newest lineage started from."""
     num_sessions: int
     next_group_id: int
     open_groups: tuple[Group, ...]
+    """Assigned ones included."""
+    assigned: tuple[int, ...]
+    """Groups of the batch that the trainer had been given."""
     live_leases: tuple[tuple[str, int, int], ...]
     """(lease_id, group_id, slot) of leases that had not ended."""
     versions: dict[PolicyVersion, str]
     """Digest of every version ever published."""
     finished: bool
+    newest: PublishedVersion | None
+    """The newest of the newest lineage."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedVersion:
+    """A version as it was journaled."""
+
+    version: PolicyVersion
+    manifest: bytes
+    metrics: str
 
 
 class Ledger:
@@ -125,19 +141,34 @@ class Ledger:
         (next_group_id,) = self._row("SELECT coalesce(max(group_id) + 1, 0) FROM groups")
         live = self._rows(
             "SELECT lease_id, group_id, slot FROM leases WHERE outcome IS NULL "
-            "AND group_id IN (SELECT group_id FROM groups WHERE state = 'open')"
+            "AND group_id IN (SELECT group_id FROM groups WHERE state IN ('open', 'assigned'))"
         )
+        epoch, from_step = self._row("SELECT coalesce(max(epoch), 0), coalesce(step, 0) FROM lineages")
+        assigned = self._rows("SELECT group_id FROM groups WHERE state = 'assigned' ORDER BY group_id")
         versions = self._rows("SELECT epoch, step, digest FROM versions")
         return Recovered(
             run_id=meta["run_id"],
-            epoch=int(meta.get("epoch", 0)),
+            epoch=epoch,
+            from_step=from_step,
             num_sessions=num_sessions,
             next_group_id=next_group_id,
-            open_groups=tuple(self._groups("state = 'open'", ())),
+            open_groups=tuple(self._groups("state IN ('open', 'assigned')", ())),
+            assigned=tuple(group_id for (group_id,) in assigned),
             live_leases=tuple((row[0], row[1], row[2]) for row in live),
             versions={PolicyVersion(epoch, step): digest for epoch, step, digest in versions},
             finished="finished" in meta,
+            newest=self._newest_version(epoch),
         )
+
+    def _newest_version(self, epoch: int) -> PublishedVersion | None:
+        rows = self._rows(
+            "SELECT step, manifest, metrics FROM versions WHERE epoch = ? ORDER BY step DESC LIMIT 1",
+            (epoch,),
+        )
+        if not rows:
+            return None
+        step, manifest, metrics = rows[0]
+        return PublishedVersion(version=PolicyVersion(epoch, step), manifest=manifest, metrics=metrics)
 
     def groups_trained_from(self, step: int) -> list[Group]:
         """Groups that steps >= `step` trained, as they were just before: complete and pending."""

@@ -23,8 +23,8 @@ CREATE TABLE groups (
     born_epoch INTEGER NOT NULL,
     born_step INTEGER NOT NULL,
     num_slots INTEGER NOT NULL,
-    state TEXT NOT NULL DEFAULT 'open',        -- open, trained, dropped
-    step INTEGER,                              -- the step that trained it
+    state TEXT NOT NULL DEFAULT 'open',        -- open, assigned, trained, dropped
+    step INTEGER,                              -- the step that trains or trained it
     reason TEXT
 );
 CREATE INDEX groups_by_state ON groups (state, step);
@@ -63,6 +63,11 @@ CREATE INDEX trajectories_by_state ON trajectories (state);
 CREATE TABLE payloads (
     trajectory_id TEXT PRIMARY KEY,
     payload BLOB NOT NULL
+);
+
+CREATE TABLE lineages (
+    epoch INTEGER PRIMARY KEY,
+    step INTEGER NOT NULL                      -- of the checkpoint that it started from
 );
 
 CREATE TABLE versions (

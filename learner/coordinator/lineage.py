@@ -16,6 +16,7 @@ from learner.coordinator.decisions import Batch, Waiting
 from learner.coordinator.groups import Group
 from learner.coordinator.journal import Journal
 from learner.coordinator.records import (
+    BatchAssigned,
     BatchTrained,
     CheckpointWritten,
     LineageOpened,
@@ -37,13 +38,31 @@ class Lineage:
         self.versions: dict[PolicyVersion, str] = {}
         """Digest of every version ever published."""
         self.finished = False
+        self._from_step = 0
+        self._assigned_before: tuple[int, ...] = ()
         self._schedule = schedule
         self._board = board
         self._journal = journal
 
-    def restore(self, *, epoch: int, versions: dict[PolicyVersion, str]) -> None:
-        """Goes on from a ledger."""
-        self.epoch, self.versions = epoch, dict(versions)
+    def restore(
+        self, *, epoch: int, from_step: int, versions: dict[PolicyVersion, str], assigned: Sequence[int]
+    ) -> None:
+        """Goes on from a ledger. Without `resume`, a trainer must open a lineage first."""
+        self.epoch, self._from_step, self.versions = epoch, from_step, dict(versions)
+        self._assigned_before = tuple(assigned)
+        self._board.set_dues(self._first, from_step)
+
+    def resume(self, version: PolicyVersion) -> None:
+        """The trainer of the newest lineage is alive: it goes on from its newest version."""
+        self.version = version
+        self._board.set_dues(self._first, version.step)
+        if self._assigned_before:
+            groups = tuple(self._board.groups[group_id] for group_id in self._assigned_before)
+            self._board.assigned = Batch(version.step, groups)
+
+    @property
+    def _first(self) -> PolicyVersion:
+        return PolicyVersion(self.epoch, self._from_step)
 
     def open(self, step: int, reopened: Sequence[Group]) -> int:
         """A trainer starts from checkpoint `step`. Returns the epoch of its versions.
@@ -51,16 +70,28 @@ class Lineage:
         reopened: the groups that steps >= `step` had trained.
         """
         self.epoch += 1
+        self._from_step = step
         self.version, self._board.assigned, self.finished = None, None, False
         self._board.hold(reopened)
+        for group in self._board.groups.values():
+            if group.born.step > step:
+                group.born = self._first
+        self._board.set_dues(self._first, step)
         self._journal.record(LineageOpened(epoch=self.epoch, step=step))
         self._journal.event(
             "lineage", f"epoch {self.epoch} starts from step {step}; {len(reopened)} groups to train again"
         )
         return self.epoch
 
-    def published(self, version: PolicyVersion, digest: str, manifest: bytes, metrics: str) -> bool:
-        """A version exists, made from the batch assigned to the step before it, if there was one.
+    def published(
+        self,
+        version: PolicyVersion,
+        digest: str,
+        manifest: bytes,
+        metrics: str,
+        group_ids: Sequence[int] = (),
+    ) -> bool:
+        """A version exists, made from the groups assigned to the step before it; a lineage's first from none.
 
         False if it was published already. Raises ProtocolError, SessionFenced.
         """
@@ -71,8 +102,10 @@ class Lineage:
                     f"version {version} has digest {self.versions[version]}; a second publication says {digest}"
                 )
             return False
-        if self.version is not None:
-            self._train_assigned(version)
+        if self.version is None:
+            self._check_first(version, group_ids)
+        else:
+            self._train_assigned(version, group_ids)
         self.version = version
         self.versions[version] = digest
         self._journal.record(
@@ -93,6 +126,7 @@ class Lineage:
         if isinstance(choice, WaitFor):
             return Waiting(choice.reason, choice.groups)
         self._board.assigned = Batch(step, choice.groups)
+        self._journal.record(BatchAssigned(step=step, group_ids=self._board.assigned.group_ids))
         return self._board.assigned
 
     def skip(self, epoch: int, step: int, reason: str) -> None:
@@ -128,16 +162,28 @@ class Lineage:
         if epoch != self.epoch:
             raise SessionFenced(f"a trainer of epoch {epoch} was replaced by epoch {self.epoch}")
 
-    def _train_assigned(self, version: PolicyVersion) -> None:
-        batch, self._board.assigned = self._board.assigned, None
+    def _check_first(self, version: PolicyVersion, group_ids: Sequence[int]) -> None:
+        if version != self._first or group_ids:
+            raise ProtocolError(
+                f"version {version}, trained on groups {list(group_ids)}, was published first in a lineage; "
+                f"expected {self._first}, trained on none"
+            )
+
+    def _train_assigned(self, version: PolicyVersion, group_ids: Sequence[int]) -> None:
+        batch = self._board.assigned
         if batch is None or version.step != batch.step + 1:
             raise ProtocolError(
                 f"version {version} was published without the batch of step {version.step - 1}"
             )
+        if tuple(group_ids) != batch.group_ids:
+            raise ProtocolError(
+                f"version {version} was trained on groups {list(group_ids)}; step {batch.step} was given "
+                f"{list(batch.group_ids)}"
+            )
+        self._board.assigned = None
         for group in batch.groups:
             self._board.close(group)
-        group_ids = tuple(group.group_id for group in batch.groups)
-        self._journal.record(BatchTrained(step=batch.step, group_ids=group_ids))
+        self._journal.record(BatchTrained(step=batch.step, group_ids=batch.group_ids))
 
     def _drop_overdue(self) -> None:
         """Ends groups past their due version: only a run resumed with a smaller max_lag has any."""

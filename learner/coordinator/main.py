@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import logging
 import os
 import time
@@ -21,7 +22,7 @@ from environments.client import EnvironmentClient
 from learner.config import RunConfig
 from learner.coordinator.actor_service import ActorService, Welcome
 from learner.coordinator.core import Coordinator
-from learner.coordinator.ledger import Ledger
+from learner.coordinator.ledger import Ledger, Recovered
 from learner.coordinator.metrics import serve_metrics
 from learner.coordinator.operator_service import OperatorService
 from learner.coordinator.publications import Publications
@@ -31,6 +32,7 @@ from learner.coordinator.trainer_service import TrainerService
 from learner.coordinator.validation import Limits
 from learner.coordinator.weights_service import WeightsService
 from penstock import config, log, rpc
+from penstock.codec import manifest_from_wire
 from penstock.errors import ConfigError, EnvironmentFault, LedgerError, Stopped
 from penstock.policy_files import PolicyFolder, read_policy_folder
 from penstock.signals import Stop
@@ -39,9 +41,12 @@ from penstock.v1 import (
     coordinator_pb2_grpc,
     operator_pb2_grpc,
     trainer_pb2_grpc,
+    weights_pb2,
     weights_pb2_grpc,
 )
+from penstock.weights.manifest import SharedMemoryMedium
 from penstock.weights.media.zeromq import ZeromqServer
+from penstock.weights.segment import writer_is_alive
 
 _log = logging.getLogger(__name__)
 
@@ -95,13 +100,15 @@ async def _run(
     settings: RunConfig, policy: PolicyFolder, environments: _Environments, ledger: Ledger, stop: Stop
 ) -> None:
     host, _ = rpc.split_address(settings.bind)
-    scheduler, run_id = _restore(settings, policy, environments, ledger)
-    coordinator = Coordinator(scheduler, ledger, stop, run_id=run_id)
+    found = ledger.recover()
+    scheduler = _restore(settings, policy, environments, ledger, found)
+    coordinator = Coordinator(scheduler, ledger, stop, run_id=found.run_id)
     weights_server = ZeromqServer(f"tcp://{host}:0")
     publications = Publications(weights_server)
+    _resume(coordinator, publications, found)
     server = rpc.server()
     welcome = Welcome(
-        run_id, environments.endpoints, policy.listing(), settings.fleet, settings.truncation_reward
+        found.run_id, environments.endpoints, policy.listing(), settings.fleet, settings.truncation_reward
     )
     addresses = {endpoint.name: endpoint.address for endpoint in environments.endpoints}
     keep = settings.training.checkpoint.keep
@@ -134,9 +141,8 @@ async def _run(
 
 
 def _restore(
-    settings: RunConfig, policy: PolicyFolder, environments: _Environments, ledger: Ledger
-) -> tuple[Scheduler, str]:
-    found = ledger.recover()
+    settings: RunConfig, policy: PolicyFolder, environments: _Environments, ledger: Ledger, found: Recovered
+) -> Scheduler:
     scheduler = Scheduler(
         schedule=settings.schedule,
         fleet=settings.fleet,
@@ -151,9 +157,11 @@ def _restore(
     )
     scheduler.restore(
         epoch=found.epoch,
+        from_step=found.from_step,
         num_sessions=found.num_sessions,
         next_group_id=found.next_group_id,
         open_groups=found.open_groups,
+        assigned=found.assigned,
         live_leases=found.live_leases,
         versions=found.versions,
         now=time.monotonic(),
@@ -162,7 +170,25 @@ def _restore(
         _log.info(
             "run %s goes on: %d groups open, epoch %d", found.run_id, len(found.open_groups), found.epoch
         )
-    return scheduler, found.run_id
+    return scheduler
+
+
+def _resume(coordinator: Coordinator, publications: Publications, found: Recovered) -> None:
+    """Goes on with the trainer of the newest lineage if it lives: this process alone was started again.
+
+    Its lock on the newest version's segment tells. Otherwise nothing is announced and
+    nothing leased until a trainer opens a lineage.
+    """
+    if found.newest is None or found.finished:
+        return
+    manifest = manifest_from_wire(weights_pb2.WeightManifest.FromString(found.newest.manifest))
+    local = [medium for medium in manifest.media if isinstance(medium, SharedMemoryMedium)]
+    if not any(writer_is_alive(medium) for medium in local):
+        return
+    publications.publish(manifest)
+    coordinator.scheduler.lineage.resume(found.newest.version)
+    coordinator.step_metrics = json.loads(found.newest.metrics)
+    _log.info("the trainer lives: going on from version %s", found.newest.version)
 
 
 async def _describe(addresses: Sequence[str], stop: Stop) -> _Environments:

@@ -114,6 +114,14 @@ class VersionPublished:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BatchAssigned:
+    """The trainer is given these groups for `step`: it gets no others for it, whoever dies meanwhile."""
+
+    step: int
+    group_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BatchTrained:
     """The groups of one step: their pending trajectories are trained."""
 
@@ -123,7 +131,11 @@ class BatchTrained:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LineageOpened:
-    """A trainer starts from checkpoint `step`: what was trained from there on is pending again."""
+    """A trainer starts from checkpoint `step`.
+
+    What was trained from there on is pending again, and groups that were born at a later
+    version are born again at this one.
+    """
 
     epoch: int
     step: int
@@ -162,6 +174,7 @@ Record = (
     | SequenceAdvanced
     | GroupDropped
     | VersionPublished
+    | BatchAssigned
     | BatchTrained
     | LineageOpened
     | CheckpointWritten

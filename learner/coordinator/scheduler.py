@@ -113,17 +113,19 @@ class Scheduler:
         self,
         *,
         epoch: int,
+        from_step: int,
         num_sessions: int,
         next_group_id: int,
         open_groups: Sequence[Group],
+        assigned: Sequence[int],
         live_leases: Sequence[tuple[str, int, int]],
         versions: dict[PolicyVersion, str],
         now: float,
     ) -> None:
         """Goes on from a ledger. Leases wait for their actors to join again and name them."""
         self._num_sessions, self._next_group_id = num_sessions, next_group_id
-        self.lineage.restore(epoch=epoch, versions=versions)
         self.board.hold(open_groups)
+        self.lineage.restore(epoch=epoch, from_step=from_step, versions=versions, assigned=assigned)
         for lease_id, group_id, slot in live_leases:
             held = self.groups[group_id].slots[slot]
             if held.filled is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import apsw
 
 from learner.coordinator.records import (
+    BatchAssigned,
     BatchTrained,
     CheckpointWritten,
     EventLogged,
@@ -104,7 +105,10 @@ def _sequence_advanced(db: apsw.Connection, r: SequenceAdvanced) -> None:
 
 
 def _group_dropped(db: apsw.Connection, r: GroupDropped) -> None:
-    db.execute("UPDATE groups SET state = 'dropped', reason = ? WHERE group_id = ?", (r.reason, r.group_id))
+    db.execute(
+        "UPDATE groups SET state = 'dropped', step = NULL, reason = ? WHERE group_id = ?",
+        (r.reason, r.group_id),
+    )
     pending = "group_id = ? AND state = 'pending'"
     db.execute(
         f"DELETE FROM payloads WHERE trajectory_id IN (SELECT trajectory_id FROM trajectories WHERE {pending})",  # noqa: S608
@@ -120,6 +124,11 @@ def _version_published(db: apsw.Connection, r: VersionPublished) -> None:
     )
 
 
+def _batch_assigned(db: apsw.Connection, r: BatchAssigned) -> None:
+    for group_id in r.group_ids:
+        db.execute("UPDATE groups SET state = 'assigned', step = ? WHERE group_id = ?", (r.step, group_id))
+
+
 def _batch_trained(db: apsw.Connection, r: BatchTrained) -> None:
     for group_id in r.group_ids:
         db.execute("UPDATE groups SET state = 'trained', step = ? WHERE group_id = ?", (r.step, group_id))
@@ -131,14 +140,20 @@ def _batch_trained(db: apsw.Connection, r: BatchTrained) -> None:
 
 
 def _lineage_opened(db: apsw.Connection, r: LineageOpened) -> None:
-    db.execute("INSERT OR REPLACE INTO meta VALUES ('epoch', ?)", (str(r.epoch),))
+    db.execute("INSERT INTO lineages (epoch, step) VALUES (?, ?)", (r.epoch, r.step))
     db.execute("DELETE FROM meta WHERE name = 'finished'")
     db.execute(
         "UPDATE trajectories SET state = 'pending', step = NULL, lag = NULL WHERE state = 'trained' AND step >= ?",
         (r.step,),
     )
     db.execute(
-        "UPDATE groups SET state = 'open', step = NULL WHERE state = 'trained' AND step >= ?", (r.step,)
+        "UPDATE groups SET state = 'open', step = NULL "
+        "WHERE state = 'assigned' OR (state = 'trained' AND step >= ?)",
+        (r.step,),
+    )
+    db.execute(
+        "UPDATE groups SET born_epoch = ?1, born_step = ?2 WHERE state = 'open' AND born_step > ?2",
+        (r.epoch, r.step),
     )
     db.execute("DELETE FROM checkpoints WHERE step > ?", (r.step,))
 
@@ -184,6 +199,7 @@ _WRITERS: dict[type, Callable[[apsw.Connection, Any], None]] = {
     SequenceAdvanced: _sequence_advanced,
     GroupDropped: _group_dropped,
     VersionPublished: _version_published,
+    BatchAssigned: _batch_assigned,
     BatchTrained: _batch_trained,
     LineageOpened: _lineage_opened,
     CheckpointWritten: _checkpoint_written,

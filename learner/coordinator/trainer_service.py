@@ -111,6 +111,7 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
                 manifest.digest,
                 request.manifest.SerializeToString(),
                 json.dumps(dict(request.metrics)),
+                request.group_ids,
             )
             if new:
                 self._coordinator.step_metrics = dict(request.metrics)

@@ -24,6 +24,9 @@ class Batch:
     step: int
     groups: tuple[Group, ...]
 
+    def group_ids(self) -> tuple[int, ...]:
+        return tuple(group.group_id for group in self.groups)
+
     def trajectories(self) -> Iterator[Trajectory]:
         for group in self.groups:
             yield from group.trajectories

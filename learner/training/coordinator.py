@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -63,8 +63,10 @@ class Coordinator(Protocol):
     def next_batch(self, *, epoch: int, step: int, wait_seconds: float) -> NextBatch: ...
 
     def publish_version(
-        self, version: PolicyVersion, manifest: Manifest, metrics: Mapping[str, float]
-    ) -> None: ...
+        self, version: PolicyVersion, manifest: Manifest, metrics: Mapping[str, float], trained: Sequence[int]
+    ) -> None:
+        """trained: the groups of the step that made the version; none for a lineage's first."""
+        ...
 
     def skip_step(self, *, epoch: int, step: int, reason: str) -> None: ...
 
@@ -108,10 +110,13 @@ class GrpcCoordinator:
         return _decode_next_batch(step, answers)
 
     def publish_version(
-        self, version: PolicyVersion, manifest: Manifest, metrics: Mapping[str, float]
+        self, version: PolicyVersion, manifest: Manifest, metrics: Mapping[str, float], trained: Sequence[int]
     ) -> None:
         request = trainer_pb2.PublishVersionRequest(
-            version=version_to_wire(version), manifest=manifest_to_wire(manifest), metrics=dict(metrics)
+            version=version_to_wire(version),
+            manifest=manifest_to_wire(manifest),
+            metrics=dict(metrics),
+            group_ids=trained,
         )
         self._call("PublishVersion", lambda: self._stub.PublishVersion(request, timeout=self._call_seconds))
 

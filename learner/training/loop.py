@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -69,7 +69,7 @@ class Training:
     def run(self) -> bool:
         """Trains from `position` to the last step, or until a stop. Returns whether the run is complete."""
         position = self.position
-        self.versions.publish(position.version, {})
+        self.versions.publish(position.version, {}, trained=())
         for order in self.orders.until(self.num_steps):
             match order:
                 case Leave():
@@ -86,7 +86,9 @@ class Training:
                     self.skips.reset()
                     position.step += 1
                     timing = {"step_seconds": time.monotonic() - started, "wait_seconds": order.wait_seconds}
-                    self.versions.publish(position.version, report.metrics | timing)
+                    self.versions.publish(
+                        position.version, report.metrics | timing, trained=batch.group_ids()
+                    )
                     self.checkpoints.after_step(position)
         self.checkpoints.write(position)
         return position.step >= self.num_steps
@@ -103,8 +105,13 @@ class Versions:
         self._ranks = ranks
         self._metrics_path = metrics_path
 
-    def publish(self, version: PolicyVersion, metrics: Mapping[str, float]) -> None:
-        """Every rank calls it. When it returns, actors may install the version."""
+    def publish(
+        self, version: PolicyVersion, metrics: Mapping[str, float], *, trained: Sequence[int]
+    ) -> None:
+        """Every rank calls it. When it returns, actors may install the version.
+
+        trained: the groups that the step before it trained on.
+        """
         started = time.monotonic()
         manifest = self._publisher.write(version)
         if not self._ranks.is_first:
@@ -112,7 +119,7 @@ class Versions:
         assert manifest is not None
         if metrics:
             metrics = {**metrics, "publish_seconds": time.monotonic() - started}
-        self._coordinator.publish_version(version, manifest, metrics)
+        self._coordinator.publish_version(version, manifest, metrics, trained)
         if metrics:
             self._record(version, metrics)
 

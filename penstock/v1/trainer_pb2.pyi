@@ -6,8 +6,9 @@ Between the trainer's ranks and the coordinator, on the learner's host.
   OpenLineage -> PublishVersion (the version that training starts from)
     -> { NextBatch(step) -> PublishVersion(step + 1) | SkipStep } ... -> FinishRun
 
-Every rank asks for the same batch by its step and gets the same one; rank 0
-alone makes the other calls. All calls are idempotent.
+Every rank asks for the same batch by its step and gets the same one, also from a
+coordinator that was started again in between; rank 0 alone makes the other calls.
+All calls are idempotent.
 """
 
 from collections import abc as _abc
@@ -210,6 +211,7 @@ class PublishVersionRequest(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     MANIFEST_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    GROUP_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def version(self) -> _trajectory_pb2.PolicyVersion: ...
     @_builtins.property
@@ -218,16 +220,23 @@ class PublishVersionRequest(_message.Message):
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """What the step measured; empty for the version that training starts from."""
 
+    @_builtins.property
+    def group_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The groups that the step trained on, in the batch's order; empty for the version
+        that training starts from. Refused unless they are the batch that was handed out.
+        """
+
     def __init__(
         self,
         *,
         version: _trajectory_pb2.PolicyVersion | None = ...,
         manifest: _weights_pb2.WeightManifest | None = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        group_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "metrics", b"metrics", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_ids", b"group_ids", "manifest", b"manifest", "metrics", b"metrics", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,8 +6,9 @@ Between the trainer's ranks and the coordinator, on the learner's host.
   OpenLineage -> PublishVersion (the version that training starts from)
     -> { NextBatch(step) -> PublishVersion(step + 1) | SkipStep } ... -> FinishRun
 
-Every rank asks for the same batch by its step and gets the same one; rank 0
-alone makes the other calls. All calls are idempotent.
+Every rank asks for the same batch by its step and gets the same one, also from a
+coordinator that was started again in between; rank 0 alone makes the other calls.
+All calls are idempotent.
 """
 
 from collections import abc as _abc

@@ -106,6 +106,12 @@ def segment_path(name: str) -> Path | None:
     return next((path for path in paths if os.path.lexists(path)), None)
 
 
+def writer_is_alive(medium: SharedMemoryMedium) -> bool:
+    """Whether a segment is on this host and the process that made it still runs."""
+    path = segment_path(medium.name) if _NAME.fullmatch(medium.name) else None
+    return path is not None and not _is_abandoned(path)
+
+
 def _map_for_reading(file: int, num_bytes: int) -> mmap.mmap:
     status = os.fstat(file)
     if not stat.S_ISREG(status.st_mode) or status.st_size < HEADER_BYTES + num_bytes:

@@ -9,6 +9,7 @@ import numpy as np
 from learner.config import FleetConfig, ScheduleConfig
 from learner.coordinator.decisions import History
 from learner.coordinator.fleet import ActorInfo
+from learner.coordinator.ledger import Recovered
 from learner.coordinator.scheduler import Scheduler
 from learner.coordinator.tasks import TaskOrder, TaskSource
 from learner.coordinator.validation import Limits
@@ -61,8 +62,25 @@ def start(scheduler: Scheduler, step: int = 0) -> PolicyVersion:
 
 
 def publish(scheduler: Scheduler, version: PolicyVersion) -> PolicyVersion:
-    scheduler.lineage.published(version, digest_of(version), b"", "{}")
+    assigned = scheduler.board.assigned
+    group_ids = assigned.group_ids if assigned else ()
+    scheduler.lineage.published(version, digest_of(version), b"", "{}", group_ids)
     return version
+
+
+def restore(scheduler: Scheduler, found: Recovered, *, now: float = 0.0) -> None:
+    """Goes on from what a ledger recovered."""
+    scheduler.restore(
+        epoch=found.epoch,
+        from_step=found.from_step,
+        num_sessions=found.num_sessions,
+        next_group_id=found.next_group_id,
+        open_groups=found.open_groups,
+        assigned=found.assigned,
+        live_leases=found.live_leases,
+        versions=found.versions,
+        now=now,
+    )
 
 
 def digest_of(version: PolicyVersion) -> str:

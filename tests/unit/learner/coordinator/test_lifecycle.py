@@ -24,7 +24,7 @@ from penstock.errors import PeerLost, SessionFenced
 from penstock.trajectory import Lease, PolicyVersion
 from penstock.v1 import trajectory_pb2
 
-from .fakes import Submitter, acquire, digest_of, join, make_message, make_scheduler
+from .fakes import Submitter, acquire, join, make_message, make_scheduler, publish, restore
 
 MAX_LAG = 2
 ACTORS = ("a", "b", "c")
@@ -53,7 +53,10 @@ class Lifecycle(RuleBasedStateMachine):
     # -- the processes --------------------------------------------------------------------
 
     @initialize()
-    def start_coordinator(self) -> None:
+    def start(self) -> None:
+        self.start_coordinator(trainer_lives=False)
+
+    def start_coordinator(self, *, trainer_lives: bool) -> None:
         self.ledger = Ledger(self.folder / "ledger.sqlite")
         self.scheduler = make_scheduler(
             history=self.ledger,
@@ -64,17 +67,12 @@ class Lifecycle(RuleBasedStateMachine):
             num_steps=1000,
         )
         found = self.ledger.recover()
-        self.scheduler.restore(
-            epoch=found.epoch,
-            num_sessions=found.num_sessions,
-            next_group_id=found.next_group_id,
-            open_groups=found.open_groups,
-            live_leases=found.live_leases,
-            versions=found.versions,
-            now=self.now,
-        )
+        restore(self.scheduler, found, now=self.now)
         self.submitters = {}
-        self.start_trainer()
+        if trainer_lives and found.newest is not None:
+            self.scheduler.lineage.resume(found.newest.version)
+        else:
+            self.start_trainer()
 
     @rule()
     def start_trainer(self) -> None:
@@ -85,11 +83,22 @@ class Lifecycle(RuleBasedStateMachine):
         self.trained_lineage = {s: ids for s, ids in self.trained_lineage.items() if s < self.checkpoint}
         self.publish(PolicyVersion(epoch, self.checkpoint))
 
-    @rule()
-    def crash_coordinator(self) -> None:
-        """Memory is gone; only what was committed stays."""
+    @rule(trainer_lives=st.booleans())
+    def crash_coordinator(self, trainer_lives: bool) -> None:
+        """Memory is gone; only what was committed stays. The trainer may go on, or start again as well."""
+        assigned = self.scheduler.board.assigned
         self.ledger.close()
-        self.start_coordinator()
+        self.start_coordinator(trainer_lives=trainer_lives)
+        if trainer_lives:
+            again = self.scheduler.board.assigned
+            assert (again and again.group_ids) == (assigned and assigned.group_ids)
+
+    @rule()
+    def trainer_is_given_a_batch(self) -> None:
+        version = self.scheduler.version
+        assert version is not None
+        self.scheduler.lineage.next_batch(version.epoch, version.step)
+        self.commit()
 
     @rule(name=st.sampled_from(ACTORS), keeps_leases=st.booleans())
     def actor_joins(self, name: str, keeps_leases: bool) -> None:
@@ -245,7 +254,7 @@ class Lifecycle(RuleBasedStateMachine):
         return verdict
 
     def publish(self, version: PolicyVersion) -> None:
-        self.scheduler.lineage.published(version, digest_of(version), b"", "{}")
+        publish(self.scheduler, version)
         self.commit()
 
     def commit(self) -> None:

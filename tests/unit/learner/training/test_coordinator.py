@@ -38,12 +38,13 @@ def test_without_a_batch_there_is_a_reason() -> None:
 def test_what_rank_0_tells_arrives() -> None:
     with TrainerServer() as server:
         coordinator = GrpcCoordinator(server.address)
-        coordinator.publish_version(PolicyVersion(1, 1), MANIFEST, {"loss": 0.5})
+        coordinator.publish_version(PolicyVersion(1, 1), MANIFEST, {"loss": 0.5}, (3, 4))
         coordinator.skip_step(epoch=1, step=1, reason="not finite")
         coordinator.record_checkpoint(epoch=1, step=1, path="p", digest="d")
         coordinator.finish_run(epoch=1, step=2)
     assert server.calls == ["publish 1.1", "skip 1", "checkpoint 1", "finish 2"]
     assert server.metrics[1] == {"loss": 0.5}
+    assert server.trained[1] == (3, 4)
 
 
 class Refusing(TrainerServer):
