@@ -28,6 +28,7 @@ from actors.uplink import Uplink
 from environments.client import EnvironmentClient
 from penstock import PROTOCOL, config, log, rpc
 from penstock.errors import ConfigError
+from penstock.history import History
 from penstock.policy_files import write_policy_files
 from penstock.rpc import to_seconds
 from penstock.signals import Stop
@@ -66,6 +67,8 @@ class ActorConfig:
     """How long the learner may be away in mid-run before giving up."""
     spool_bytes: int = 256 * 1024 * 1024
     """Finished work kept while the learner is away. Rollouts wait when it is full."""
+    history: Path | None = None
+    """Append what is sent and acknowledged to this file, for `penstock chaos` and post-mortems."""
 
     def __post_init__(self) -> None:
         positive = (
@@ -139,12 +142,15 @@ async def _join(
     stack.push_async_callback(engine.stop)
     fetcher = WeightFetcher()
     stack.callback(fetcher.close)
+    history = History(settings.history) if settings.history else None
+    if history is not None:
+        stack.callback(history.close)
     players = await _players(welcome, engine, folder, stack)
     actor = Actor(
         session=session,
         engine=engine,
         installer=Installer(engine, fetcher),
-        uplink=Uplink(session, welcome.credits, max_bytes=settings.spool_bytes),
+        uplink=Uplink(session, welcome.credits, max_bytes=settings.spool_bytes, history=history),
         players=players,
         run_id=welcome.run_id,
         heartbeat_seconds=to_seconds(welcome.heartbeat_interval),

@@ -8,13 +8,16 @@ the concatenation of its messages' contents.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from environments.base import Message
 from penstock.errors import ConfigError
 from penstock.trajectory import TokenIds
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _ASSISTANT = "\u241f"
 """Stands for a turn of the policy when the template is asked what follows one."""

@@ -18,6 +18,7 @@ import grpc
 
 from actors.session import Session, translate
 from penstock.errors import PeerLost, PenstockError
+from penstock.history import History
 from penstock.v1 import coordinator_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -32,8 +33,11 @@ _Call = grpc.aio.StreamStreamCall[pb.SubmitRequest, pb.SubmitResponse]
 class Uplink:
     """A bounded spool, and the stream that empties it."""
 
-    def __init__(self, session: Session, granted: pb.Credits, *, max_bytes: int) -> None:
+    def __init__(
+        self, session: Session, granted: pb.Credits, *, max_bytes: int, history: History | None = None
+    ) -> None:
         self._session = session
+        self._history = history
         self._credits = granted
         self._max_bytes = max_bytes
         self._items: deque[pb.SubmitItem] = deque()
@@ -101,6 +105,9 @@ class Uplink:
             if self._acknowledged != acknowledged:
                 given_up_at = time.monotonic() + patience
             _log.info("uplink: %s; sending again what is unacknowledged", problem)
+            if self._history is not None:
+                note = self._history.unknown if isinstance(problem, PeerLost) else self._history.fail
+                note(session_id, str(problem))
             await self._session.recover(problem, session_id, given_up_at)
 
     async def _stream(self, session_id: str) -> None:
@@ -112,6 +119,8 @@ class Uplink:
         call: _Call = self._session.stub.Submit(self._requests(session_id, self._num_streams))
         try:
             while (response := await self._read(call)) is not None:
+                if self._history is not None:
+                    self._history.ok(session_id, response)
                 await self._acknowledge(response)
         finally:
             call.cancel()
@@ -140,6 +149,8 @@ class Uplink:
                 if self._is_over(stream):
                     return
                 items = self._take()
+            if self._history is not None:
+                self._history.invoke(session_id, items)
             yield pb.SubmitRequest(session_id=session_id, items=items)
 
     def _may_send(self) -> bool:

@@ -92,6 +92,8 @@ class Coordinator:
 
     async def tick_forever(self) -> None:
         """Ends what is past its deadline, once a second, until the stop."""
+        # From here on a stall is noticed, even one within the first second.
+        self.scheduler.tick(self.clock())
         while not await self.stop.sleep(1.0):
             self.scheduler.tick(self.clock())
             live = {session.session_id for session in self.scheduler.fleet.sessions()}

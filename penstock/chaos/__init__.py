@@ -1,0 +1,1 @@
+"""A run that is killed over and over, and what it must come to all the same."""

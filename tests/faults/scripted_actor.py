@@ -1,0 +1,242 @@
+"""The real actor around a scripted engine: what it generates is a function of its lease.
+
+    python -m tests.faults.scripted_actor ADDRESS --name NAME --history FILE
+
+Sessions, leases, heartbeats, weight fetches, the spool and draining are the code that
+`penstock actor` runs. Only the tokens are scripted: a rollout takes as many ticks as
+`Script` says, counts a token a tick, and stamps each with the version then installed.
+No torch, so that hundreds fit into one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import hashlib
+import os
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import uvloop
+
+from actors.engines.base import EngineStats, InstallReport
+from actors.install import Installer
+from actors.rollout import Progress
+from actors.service import Actor
+from actors.session import Identity, Session
+from actors.uplink import Uplink
+from penstock import PROTOCOL
+from penstock.errors import EnvironmentFault
+from penstock.history import History
+from penstock.rpc import to_seconds
+from penstock.signals import Stop
+from penstock.tasks import task_group
+from penstock.trajectory import FinishReason, Lease, PolicyVersion, Reward, Task, Trajectory, run_length
+from penstock.weights.fetch import WeightFetcher
+from penstock.weights.staged import StagedWeights
+
+NUM_PROMPT_TOKENS = 2
+
+
+def fixed(num_tokens: int) -> Callable[[Lease], int]:
+    return lambda lease: num_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Script:
+    """What rollouts are like."""
+
+    num_tokens: Callable[[Lease], int] = field(default_factory=lambda: fixed(4))
+    token_seconds: float = 0.002
+    """A rollout of n tokens takes n times as long."""
+    token_bytes: int = 1
+    """Copies of each token, for trajectories that weigh something."""
+    fault: Callable[[Lease], EnvironmentFault | None] = field(default_factory=lambda: lambda lease: None)
+    """Raised instead of a trajectory."""
+    install_seconds: float = 0.0
+
+
+def trajectory_of(
+    lease: Lease, versions: list[PolicyVersion], *, author: str = "", copies: int = 1
+) -> Trajectory:
+    """Two prompt tokens, then the sampled ones: a function of the lease, and of who made it."""
+    num_sampled = len(versions) * copies
+    digest = hashlib.sha256(f"{author}/{lease.lease_id}".encode()).hexdigest()
+    num_tokens = NUM_PROMPT_TOKENS + num_sampled
+    mask = np.ones(num_tokens, dtype=np.uint8)
+    mask[:NUM_PROMPT_TOKENS] = 0
+    return Trajectory(
+        trajectory_id=digest[:32],
+        lease_id=lease.lease_id,
+        token_ids=(np.arange(num_tokens) % 7 + lease.slot % 3).astype(np.int32),
+        loss_mask=mask,
+        logprobs=np.where(mask == 1, np.float32(-1.5), np.float32(0.0)).astype(np.float32),
+        versions=run_length([version for version in versions for _ in range(copies)]),
+        reward=Reward.valid(float(lease.slot % 2)),
+        finish_reason=FinishReason.DONE,
+        num_turns=1,
+        task=lease.task,
+        environment_version="1",
+        environment_digest="ab",
+        observation_digest=observation_of(lease.task),
+    )
+
+
+def observation_of(task: Task) -> str:
+    return hashlib.sha256(repr(task).encode()).hexdigest()
+
+
+class ScriptedEngine:
+    """Holds versions, and generates nothing by itself."""
+
+    num_slots = 8
+    max_context = 1_000_000
+
+    def __init__(self, script: Script) -> None:
+        self._script = script
+        self.installed: PolicyVersion | None = None
+        self.num_tokens = 0
+        self.num_installs = 0
+
+    async def start(self) -> None: ...
+
+    def generate(self, request: object) -> AsyncIterator[object]:  # pragma: no cover
+        raise NotImplementedError("the scripted player makes the tokens")
+
+    async def install(self, staged: StagedWeights) -> InstallReport:
+        await asyncio.sleep(self._script.install_seconds)
+        self.installed = staged.manifest.version
+        self.num_installs += 1
+        return InstallReport(
+            version=staged.manifest.version, digest=staged.manifest.digest, pause_seconds=0.0
+        )
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=0,
+            num_waiting=0,
+            num_tokens=self.num_tokens,
+            tokens_per_second=0.0,
+            num_installs=self.num_installs,
+            max_install_seconds=0.0,
+        )
+
+    async def stop(self) -> None: ...
+
+
+class ScriptedPlayer:
+    """Plays a lease by the clock."""
+
+    def __init__(self, engine: ScriptedEngine, script: Script, author: str) -> None:
+        self._engine = engine
+        self._script = script
+        self._author = author
+        self.lengths: list[int] = []
+        """Of every rollout that came to its end."""
+
+    async def play(self, lease: Lease, session_id: str, progress: Progress) -> Trajectory:
+        versions: list[PolicyVersion] = []
+        fault = self._script.fault(lease)
+        num_tokens = self._script.num_tokens(lease)
+        for _ in range(num_tokens):
+            await asyncio.sleep(self._script.token_seconds)
+            assert self._engine.installed is not None
+            versions.append(self._engine.installed)
+            progress.num_tokens += 1
+            self._engine.num_tokens += 1
+        if fault is not None:
+            raise fault
+        progress.num_turns += 1
+        self.lengths.append(num_tokens)
+        return trajectory_of(lease, versions, author=self._author, copies=self._script.token_bytes)
+
+
+class AnyEnvironment(dict[str, ScriptedPlayer]):
+    """One player for whatever environment a lease names."""
+
+    def __init__(self, player: ScriptedPlayer) -> None:
+        super().__init__()
+        self._player = player
+
+    def get(self, key: str, default: object = None) -> ScriptedPlayer:  # type: ignore[override]
+        return self._player
+
+
+class ScriptedActor:
+    """One actor in this process. Run `run`; cancelling it is as sudden as SIGKILL to the learner."""
+
+    def __init__(self, address: str, name: str, history: Path, *, script: Script, num_slots: int = 8) -> None:
+        self.name = name
+        self.engine = ScriptedEngine(script)
+        self.engine.num_slots = num_slots
+        self.player = ScriptedPlayer(self.engine, script, name)
+        self.stop = Stop()
+        self.actor: Actor | None = None
+        self._address = address
+        self._history = history
+        self._num_slots = num_slots
+
+    async def run(self) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            await (await self._join(stack)).run()
+
+    async def _join(self, stack: contextlib.AsyncExitStack) -> Actor:
+        history = History(self._history)
+        stack.callback(history.close)
+        identity = Identity(
+            actor_id=self.name,
+            engine="scripted",
+            num_slots=self._num_slots,
+            address="",
+            hostname="localhost",
+            pid=os.getpid(),
+            device="cpu",
+        )
+        session = Session(
+            self._address,
+            identity,
+            self.stop,
+            protocol=PROTOCOL,
+            patience_seconds=120.0,
+            held_leases=lambda: self.actor.held_leases() if self.actor else [],
+        )
+        stack.push_async_callback(session.close)
+        welcome = await session.join(connect_seconds=60.0)
+        fetcher = WeightFetcher()
+        stack.callback(fetcher.close)
+        self.actor = Actor(
+            session=session,
+            engine=self.engine,
+            installer=Installer(self.engine, fetcher),
+            uplink=Uplink(session, welcome.credits, max_bytes=64 * 1024 * 1024, history=history),
+            players=AnyEnvironment(self.player),  # type: ignore[arg-type]
+            run_id=welcome.run_id,
+            heartbeat_seconds=to_seconds(welcome.heartbeat_interval),
+            stop=self.stop,
+        )
+        return self.actor
+
+
+async def _run(arguments: argparse.Namespace) -> None:
+    script = Script(num_tokens=fixed(arguments.num_tokens), token_seconds=arguments.token_seconds)
+    actor = ScriptedActor(arguments.address, arguments.name, arguments.history, script=script)
+    actor.stop.on_signals()
+    async with task_group() as tasks:
+        tasks.create_task(actor.run(), name=arguments.name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("address")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--history", type=Path, required=True)
+    parser.add_argument("--num-tokens", type=int, default=4)
+    parser.add_argument("--token-seconds", type=float, default=0.002)
+    uvloop.run(_run(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
