@@ -24,7 +24,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from actors.engines.choose import EngineChoice, choose_device, choose_engine, make_engine
+from actors.engines.choose import choose_device, choose_engine, make_engine
+from actors.engines.names import EngineChoice
 from actors.policy_weights import stage_policy
 from actors.render import Renderer
 from actors.rollout import Player

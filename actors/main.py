@@ -17,7 +17,8 @@ import uvloop
 from transformers import AutoTokenizer
 
 from actors.engines.base import Engine
-from actors.engines.choose import EngineChoice, choose_device, choose_engine, make_engine
+from actors.engines.choose import choose_device, choose_engine, make_engine
+from actors.engines.names import EngineChoice
 from actors.install import Installer
 from actors.operator_service import SERVICE, ActorOperatorService
 from actors.render import Renderer
@@ -27,6 +28,7 @@ from actors.session import Identity, Session
 from actors.uplink import Uplink
 from environments.client import EnvironmentClient
 from penstock import PROTOCOL, config, log, rpc
+from penstock.codec import install_mode_from_wire
 from penstock.errors import ConfigError
 from penstock.history import History
 from penstock.policy_files import write_policy_files
@@ -57,6 +59,8 @@ class ActorConfig:
     """GPUs that share each layer (vllm)."""
     pipeline_parallel_size: int = 1
     """Groups of such GPUs that share the layers (vllm)."""
+    data_parallel_size: int = 1
+    """Copies of the policy, each on GPUs of its own, that share `num_slots` (vllm)."""
     bind: str = "127.0.0.1:0"
     """Where this actor answers operators; port 0 takes a free one."""
     insecure: bool = False
@@ -73,7 +77,7 @@ class ActorConfig:
     def __post_init__(self) -> None:
         positive = (
             "num_slots", "connect_seconds", "patience_seconds", "spool_bytes",
-            "tensor_parallel_size", "pipeline_parallel_size",
+            "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:
@@ -136,8 +140,10 @@ async def _join(
         device=device,
         num_slots=settings.num_slots,
         max_context=settings.max_context,
+        install_mode=install_mode_from_wire(welcome.install_mode),
         tensor_parallel_size=settings.tensor_parallel_size,
         pipeline_parallel_size=settings.pipeline_parallel_size,
+        data_parallel_size=settings.data_parallel_size,
     )
     stack.push_async_callback(engine.stop)
     fetcher = WeightFetcher()

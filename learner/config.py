@@ -7,7 +7,7 @@ from pathlib import Path
 
 from learner.training.config import TrainingConfig
 from penstock.errors import ConfigError
-from penstock.trajectory import Sampling
+from penstock.trajectory import InstallMode, Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +65,9 @@ class FleetConfig:
     credit_bytes: int = 64 * 1024 * 1024
     reset_timeout_seconds: float = 30.0
     step_timeout_seconds: float = 60.0
+    install_mode: InstallMode = InstallMode.KEEP
+    """What becomes of running sequences when an actor installs a version: keep goes on with their
+    key-value cache, recompute reads them again under the new weights, which costs a prefill."""
 
     def __post_init__(self) -> None:
         if not 0 < self.heartbeat_seconds < self.suspect_seconds < self.dead_seconds:

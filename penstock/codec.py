@@ -13,6 +13,7 @@ from penstock.errors import ProtocolError
 from penstock.rpc import to_duration, to_seconds
 from penstock.trajectory import (
     FinishReason,
+    InstallMode,
     Lease,
     PolicyVersion,
     Reward,
@@ -46,6 +47,11 @@ _FINISH_REASON = {
     FinishReason.LENGTH: trajectory_pb2.FINISH_REASON_LENGTH,
 }
 _FINISH_REASON_BACK = {wire: reason for reason, wire in _FINISH_REASON.items()}
+_INSTALL_MODE = {
+    InstallMode.KEEP: coordinator_pb2.INSTALL_MODE_KEEP,
+    InstallMode.RECOMPUTE: coordinator_pb2.INSTALL_MODE_RECOMPUTE,
+}
+_INSTALL_MODE_BACK = {wire: mode for mode, wire in _INSTALL_MODE.items()}
 
 
 def version_to_wire(version: PolicyVersion) -> trajectory_pb2.PolicyVersion:
@@ -54,6 +60,18 @@ def version_to_wire(version: PolicyVersion) -> trajectory_pb2.PolicyVersion:
 
 def version_from_wire(message: trajectory_pb2.PolicyVersion) -> PolicyVersion:
     return PolicyVersion(message.epoch, message.step)
+
+
+def install_mode_to_wire(mode: InstallMode) -> coordinator_pb2.InstallMode.ValueType:
+    return _INSTALL_MODE[mode]
+
+
+def install_mode_from_wire(message: coordinator_pb2.InstallMode.ValueType) -> InstallMode:
+    """Raises ProtocolError."""
+    mode = _INSTALL_MODE_BACK.get(message)
+    if mode is None:
+        raise ProtocolError(f"install mode is {message}; expected one of {sorted(_INSTALL_MODE_BACK)}")
+    return mode
 
 
 def task_to_wire(task: Task) -> trajectory_pb2.Task:

@@ -38,6 +38,15 @@ class VersionSpan(NamedTuple):
     num_tokens: int
 
 
+class InstallMode(StrEnum):
+    """What becomes of sequences in mid-generation when a new version is installed."""
+
+    KEEP = "keep"
+    """They go on with the keys and values that older versions computed."""
+    RECOMPUTE = "recompute"
+    """The new version first reads them again from their beginning."""
+
+
 class RewardStatus(StrEnum):
     VALID = "valid"
     NOT_YET = "not_yet"

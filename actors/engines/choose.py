@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from actors.engines.base import Engine
+from actors.engines.names import EngineChoice, EngineName, has_vllm, require_engine
 from actors.engines.torch import TorchEngine
 from actors.engines.vllm import VllmEngine
 from penstock.errors import ConfigError
-
-EngineName = Literal["torch", "vllm"]
-EngineChoice = Literal["auto", "torch", "vllm"]
+from penstock.trajectory import InstallMode
 
 
 def choose_device(wanted: str) -> str:
@@ -31,14 +28,9 @@ def choose_device(wanted: str) -> str:
 
 def choose_engine(wanted: EngineChoice, device: str) -> EngineName:
     """auto is vllm where it is installed and computes on a GPU. Raises ConfigError."""
-    installed = importlib.util.find_spec("vllm") is not None
     if wanted == "auto":
-        return "vllm" if installed and device.startswith("cuda") else "torch"
-    if wanted == "vllm" and not installed:
-        raise ConfigError(
-            "engine is 'vllm', which is not installed; `pip install 'penstock[vllm]'` installs it for GPUs, "
-            "`make setup-vllm` for CPUs"
-        )
+        return "vllm" if has_vllm() and device.startswith("cuda") else "torch"
+    require_engine(wanted)
     return wanted
 
 
@@ -49,8 +41,10 @@ def make_engine(
     device: str,
     num_slots: int,
     max_context: int | None = None,
+    install_mode: InstallMode = InstallMode.KEEP,
     tensor_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
+    data_parallel_size: int = 1,
 ) -> Engine:
     """Raises ConfigError."""
     if name == "vllm":
@@ -59,9 +53,13 @@ def make_engine(
             device=device,
             num_slots=num_slots,
             max_context=max_context,
+            install_mode=install_mode,
             tensor_parallel_size=tensor_parallel_size,
             pipeline_parallel_size=pipeline_parallel_size,
+            data_parallel_size=data_parallel_size,
         )
-    if tensor_parallel_size * pipeline_parallel_size != 1:
+    if tensor_parallel_size * pipeline_parallel_size * data_parallel_size != 1:
         raise ConfigError("the torch engine computes on one device; use the vllm engine for several")
-    return TorchEngine(policy, num_slots=num_slots, max_context=max_context, device=device)
+    return TorchEngine(
+        policy, num_slots=num_slots, max_context=max_context, device=device, install_mode=install_mode
+    )

@@ -25,7 +25,7 @@ from actors.engines.base import GenerationChunk, GenerationRequest, StopReason
 from actors.engines.policy import Architecture
 from actors.engines.sampling import SamplingBatch, sample, uniforms
 from actors.engines.slots import Decode, Prefill, SlotCache
-from penstock.trajectory import PolicyVersion
+from penstock.trajectory import InstallMode, PolicyVersion
 
 NO_VERSION = PolicyVersion(0, 0)
 """The version of a chunk that holds no tokens, when none was ever installed."""
@@ -110,6 +110,7 @@ class Decoder:
         self._tokens = np.zeros((num_slots, max_context), dtype=np.int32)
         self._logprobs = np.zeros((num_slots, max_context), dtype=np.float32)
         self._concerned: list[Running] = []
+        self._outdated: list[int] = []
         self.version: PolicyVersion | None = None
         self.num_sampled = 0
 
@@ -135,9 +136,17 @@ class Decoder:
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
 
-    def switch_version(self, version: PolicyVersion) -> None:
-        """Every token from here on is the new version's. Keys and values stay."""
+    @property
+    def has_outdated(self) -> bool:
+        """Whether running sequences wait to be read again, before anything is sampled."""
+        return bool(self._outdated)
+
+    def switch_version(self, version: PolicyVersion, mode: InstallMode = InstallMode.KEEP) -> None:
+        """Every token from here on is the new version's. Keys and values stay, until `recompute`."""
         self.version = version
+        if mode is InstallMode.RECOMPUTE:
+            lengths = self._state["position"]
+            self._outdated = sorted(self._busy_slots(), key=lambda slot: int(lengths[slot]))
         for slot, sequence in enumerate(self._slots):
             if sequence is not None:
                 sequence.switches.append((int(self._state["sampled"][slot]), version))
@@ -153,6 +162,20 @@ class Decoder:
         self._concerned = [sequence for sequence in admitted if sequence is not None]
         logits_BV = self._prefill_logits([each.request.prompt_ids for each in self._concerned], slots)
         return refused + self._accept(np.asarray(slots), logits_BV)
+
+    @torch.inference_mode()
+    def recompute(self) -> list[Emission]:
+        """Computes the keys and values of some outdated sequences again. Samples nothing."""
+        slots = self._take_outdated()
+        if not slots:
+            return []
+        self._concerned = [sequence for slot in slots if (sequence := self._slots[slot]) is not None]
+        contexts = [self._context(slot) for slot in slots]
+        self._cache.step = Prefill(
+            rows_B=self._to_device(np.arange(len(slots))), slots_B=self._to_device(np.array(slots))
+        )
+        read_prompts(self._model, self._cache, contexts, np.zeros(1, dtype=np.int64))
+        return []
 
     @torch.inference_mode()
     def decode(self) -> list[Emission]:
@@ -213,6 +236,27 @@ class Decoder:
             self._place(self._waiting.popleft(), slot)
             admitted.append(slot)
         return admitted
+
+    def _take_outdated(self) -> list[int]:
+        """The longest of the outdated sequences that are still there, as many as a prefill reads."""
+        taken: list[int] = []
+        while self._outdated:
+            slot = self._outdated[-1]
+            longest = int(self._state["position"][taken[0] if taken else slot])
+            if taken and longest * (len(taken) + 1) > _PREFILL_TOKENS:
+                break
+            self._outdated.pop()
+            if self._slots[slot] is not None:
+                taken.append(slot)
+        return taken
+
+    def _context(self, slot: int) -> NDArray[np.int32]:
+        """The tokens whose keys and values are in the cache: all but the newest."""
+        sequence = self._slots[slot]
+        assert sequence is not None
+        prompt = sequence.request.prompt_ids
+        num_sampled = int(self._state["position"][slot]) - len(prompt)
+        return np.concatenate([prompt, self._tokens[slot, :num_sampled]])
 
     def _place(self, sequence: Running, slot: int) -> None:
         assert self.version is not None
@@ -344,21 +388,31 @@ class Decoder:
 
 
 def prompt_logits(model: PreTrainedModel, cache: SlotCache, prompts: Sequence[NDArray[np.int32]]) -> Tensor:
-    """[R, V]: the logits behind each prompt, padded at the right to a common length."""
+    """[R, V]: the logits behind each prompt."""
     lengths_R = np.array([len(prompt) for prompt in prompts])
-    tokens_RP = np.zeros((len(prompts), lengths_R.max()), dtype=np.int64)
+    last_K, column_R = np.unique(lengths_R - 1, return_inverse=True)
+    logits_RKV = read_prompts(model, cache, prompts, last_K)
+    rows_R = torch.arange(len(prompts), device=logits_RKV.device)
+    return logits_RKV[rows_R, torch.from_numpy(column_R).to(logits_RKV.device)]
+
+
+def read_prompts(
+    model: PreTrainedModel,
+    cache: SlotCache,
+    prompts: Sequence[NDArray[np.int32]],
+    positions_K: NDArray[np.int64],
+) -> Tensor:
+    """[R, K, V]: the logits at some positions of every prompt, padded at the right to a common length."""
+    tokens_RP = np.zeros((len(prompts), max(len(prompt) for prompt in prompts)), dtype=np.int64)
     for row, prompt in enumerate(prompts):
         tokens_RP[row, : len(prompt)] = prompt
-    last, column_R = np.unique(lengths_R - 1, return_inverse=True)
     device = model.device
-    output = model(
+    logits_RKV: Tensor = model(
         input_ids=torch.from_numpy(tokens_RP).to(device),
         position_ids=torch.arange(tokens_RP.shape[1], device=device).expand(len(prompts), -1),
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=torch.from_numpy(last).to(device),
+        logits_to_keep=torch.from_numpy(positions_K).to(device),
         slots=cache,
-    )
-    rows_R = torch.arange(len(prompts), device=device)
-    logits_RV: Tensor = output.logits[rows_R, torch.from_numpy(column_R).to(device)]
-    return logits_RV
+    ).logits
+    return logits_RKV

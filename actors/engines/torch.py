@@ -29,7 +29,7 @@ from actors.engines.slots import Prefill, SlotCache
 from actors.engines.tensors import WeightUpdate, adopt_dtypes, plan_update
 from actors.engines.worker import Worker
 from penstock.errors import ConfigError, EngineFault
-from penstock.trajectory import PolicyVersion
+from penstock.trajectory import InstallMode, PolicyVersion
 from penstock.weights.staged import StagedWeights
 
 _START_SECONDS = 600.0
@@ -50,6 +50,7 @@ class TorchEngine:
         max_context: int | None = None,
         device: str = "cpu",
         dtype: torch.dtype | None = None,
+        install_mode: InstallMode = InstallMode.KEEP,
         stream_seconds: float = 0.25,
     ) -> None:
         """
@@ -69,6 +70,7 @@ class TorchEngine:
         self._max_context = max_context or limit
         self._device = _device(device)
         self._dtype = dtype
+        self._install_mode = install_mode
         self._stream_seconds = stream_seconds
         self._model: PreTrainedModel | None = None
         self._decoder: Decoder | None = None
@@ -136,7 +138,9 @@ class TorchEngine:
             await _within(_INSTALL_SECONDS, "the engine to adopt the version's dtypes", adopt)
         convert = self._dtype is not None
         update = await asyncio.to_thread(plan_update, model, staged, convert=convert)
-        switch = asyncio.wrap_future(worker.call(lambda decoder: _switch(decoder, update)))
+        switch = asyncio.wrap_future(
+            worker.call(lambda decoder: _switch(decoder, update, self._install_mode))
+        )
         report = await _within(_INSTALL_SECONDS, "the decode step before the install", switch)
         self._num_installs += 1
         self._max_install_seconds = max(self._max_install_seconds, report.pause_seconds)
@@ -272,7 +276,7 @@ def _build(architecture: Architecture, device: torch.device, dtype: torch.dtype 
     return model
 
 
-def _switch(decoder: Decoder, update: WeightUpdate) -> InstallReport:
+def _switch(decoder: Decoder, update: WeightUpdate, mode: InstallMode) -> InstallReport:
     """In the compute thread, between two steps."""
     started = time.perf_counter()
     manifest = update.staged.manifest
@@ -282,7 +286,7 @@ def _switch(decoder: Decoder, update: WeightUpdate) -> InstallReport:
         # Half a version is in place: no token may come from it.
         decoder.version = None
         raise
-    decoder.switch_version(manifest.version)
+    decoder.switch_version(manifest.version, mode)
     return InstallReport(
         version=manifest.version, digest=manifest.digest, pause_seconds=time.perf_counter() - started
     )

@@ -8,7 +8,8 @@
 
 EngineCore handles messages between two decode steps, in the order in which they were
 sent; so every token comes from one version, and the label that EngineCore puts on it
-is that version's name. Running requests go on with the keys and values that they have.
+is that version's name. Running requests go on with the keys and values that they have,
+or are read again (vllm_scheduler.py).
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ from actors.engines.policy import Architecture, load_architecture
 from actors.engines.tensors import TORCH_DTYPES
 from actors.engines.vllm_host import Output, VllmHost
 from penstock.errors import ConfigError, EngineFault, WeightTransferError
-from penstock.trajectory import PolicyVersion
+from penstock.trajectory import InstallMode, PolicyVersion
 from penstock.weights.staged import StagedWeights
 
 _log = logging.getLogger(__name__)
 
+_SCHEDULER = "actors.engines.vllm_scheduler"
 _START_SECONDS = 900.0
 _INSTALL_SECONDS = 300.0
 _RATE_SECONDS = 5.0
@@ -60,9 +62,11 @@ class VllmEngine:
         num_slots: int = 64,
         max_context: int | None = None,
         dtype: torch.dtype | None = None,
+        install_mode: InstallMode = InstallMode.KEEP,
         stream_tokens: int = 16,
         tensor_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
+        data_parallel_size: int = 1,
     ) -> None:
         """
         policy: a Hugging Face folder; only its configuration is read.
@@ -83,10 +87,12 @@ class VllmEngine:
         self._num_slots = num_slots
         self._max_context = max_context or limit
         self._dtype = dtype or _configured_dtype(self._architecture)
+        self._install_mode = install_mode
         self._stream_tokens = stream_tokens
         self._parallel = {
             "tensor_parallel_size": tensor_parallel_size,
             "pipeline_parallel_size": pipeline_parallel_size,
+            "data_parallel_size": data_parallel_size,
         }
         self._vllm: VllmHost | None = None
         self._installed: PolicyVersion | None = None
@@ -181,7 +187,8 @@ class VllmEngine:
     async def _launch(self, dtype: torch.dtype) -> VllmHost:
         arguments = {
             "max_model_len": self._max_context,
-            "max_num_seqs": self._num_slots,
+            "max_num_seqs": -(-self._num_slots // self._parallel["data_parallel_size"]),
+            "scheduler_cls": f"{_SCHEDULER}.{self._install_mode}",
             **self._parallel,
         }
         _log.info("starting vLLM in %s; this takes about a minute", dtype)
@@ -217,9 +224,7 @@ class VllmEngine:
     ) -> AsyncGenerator[GenerationChunk, None]:
         vllm = self._running()
         num_sent = 0
-        async with contextlib.aclosing(
-            vllm.generate(name, request, limit, self._stream_tokens, salt=str(self._installed))
-        ) as outputs:
+        async with contextlib.aclosing(vllm.generate(name, request, limit, self._stream_tokens)) as outputs:
             async for output in outputs:
                 self._tokens.add(len(output.token_ids))
                 chunks = list(_chunks(output, num_sent))

@@ -54,11 +54,14 @@ class VllmHost:
         self, llm: AsyncLLM, model: PreTrainedModel, dtype: torch.dtype, stop_ids: Iterable[int]
     ) -> None:
         self._llm = llm
+        # With asynchronous scheduling, steps overlap: a message may arrive while one is under way.
+        self._overlapping: bool = llm.vllm_config.scheduler_config.async_scheduling
         self._model = model
         self._stop_ids = sorted(stop_ids)
         self._placement: Placement
         self._segments: list[OwnedSegment] = []
         self._current: int | None = None
+        self._num_switches = 0
         self.dtype = dtype
 
     @classmethod
@@ -92,27 +95,31 @@ class VllmHost:
     async def switch(self, number: int, version: PolicyVersion) -> float:
         """Switches between two decode steps. Returns the seconds for which none could run."""
         core = self._llm.engine_core
-        # With asynchronous scheduling a step may be under way, whose tokens are labelled when it ends.
-        overlapping = self._llm.vllm_config.scheduler_config.async_scheduling
-        pause = _timed(core.pause_scheduler_async(mode="keep", clear_cache=False))
-        rest = (
-            _timed(self._llm.collective_rpc("switch_weights", args=(number,))),
-            _timed(core.set_weight_version_async(str(version))),
-            _timed(core.resume_scheduler_async()),
-        )
-        if overlapping:
-            paused = await pause
-            *_, resumed = await asyncio.gather(*rest)
-        else:
-            paused, *_, resumed = await asyncio.gather(pause, *rest)
+        pause = asyncio.ensure_future(core.pause_scheduler_async(mode="keep", clear_cache=False))
+        try:
+            if self._overlapping:
+                # The tokens of a step that is under way are labelled when it ends.
+                await pause
+            paused, *_, resumed = await asyncio.gather(
+                _timed(core.is_scheduler_paused_async()),
+                _timed(self._llm.collective_rpc("switch_weights", args=(number,))),
+                _timed(core.set_weight_version_async(str(version))),
+                _timed(core.resume_scheduler_async()),
+            )
+        finally:
+            # It holds at once, but is answered only when nothing at all is left to do.
+            pause.cancel()
         self._current = number
+        self._num_switches += 1
         return resumed - paused
 
     async def generate(
-        self, name: str, request: GenerationRequest, limit: int, stream_tokens: int, *, salt: str
+        self, name: str, request: GenerationRequest, limit: int, stream_tokens: int
     ) -> AsyncGenerator[Output, None]:
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
+        # vllm_scheduler gives another salt if weights are switched before the request begins.
+        salt = str(self._num_switches)
         prompt = {"prompt_token_ids": request.prompt_ids.tolist(), "cache_salt": salt}
         parameters = _sampling(request.sampling, limit, self._stop_ids, stream_tokens)
         outputs = self._llm.generate(prompt, parameters, name)

@@ -101,6 +101,8 @@ class Worker:
     def _work(self) -> None:
         while not self._stopping:
             self._obey()
+            while self._decoder.has_outdated and not self._stopping:
+                self._step(self._decoder.recompute)
             if self._decoder.has_work and not self._stopping:
                 self._step(self._decoder.prefill)
                 self._step(self._decoder.decode)

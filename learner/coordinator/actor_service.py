@@ -19,7 +19,7 @@ from learner.coordinator.records import TrajectoryState
 from learner.coordinator.refusals import refusals
 from learner.coordinator.validation import RejectionCode
 from penstock import PROTOCOL
-from penstock.codec import lease_to_wire, version_from_wire, version_to_wire
+from penstock.codec import install_mode_to_wire, lease_to_wire, version_from_wire, version_to_wire
 from penstock.errors import ProtocolError
 from penstock.rpc import to_duration, to_seconds
 from penstock.v1 import coordinator_pb2 as pb
@@ -63,6 +63,7 @@ class Welcome:
             reset_timeout=to_duration(self.config.reset_timeout_seconds),
             step_timeout=to_duration(self.config.step_timeout_seconds),
             truncation_reward=self.truncation_reward,
+            install_mode=install_mode_to_wire(self.config.install_mode),
         )
 
     @property

@@ -32,6 +32,28 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _InstallMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _InstallModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_InstallMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    INSTALL_MODE_UNSPECIFIED: _InstallMode.ValueType  # 0
+    INSTALL_MODE_KEEP: _InstallMode.ValueType  # 1
+    """They go on with the keys and values that older versions computed."""
+    INSTALL_MODE_RECOMPUTE: _InstallMode.ValueType  # 2
+    """The new version first reads them again from their beginning."""
+
+class InstallMode(_InstallMode, metaclass=_InstallModeEnumTypeWrapper):
+    """What becomes of sequences in mid-generation when a new version is installed."""
+
+INSTALL_MODE_UNSPECIFIED: InstallMode.ValueType  # 0
+INSTALL_MODE_KEEP: InstallMode.ValueType  # 1
+"""They go on with the keys and values that older versions computed."""
+INSTALL_MODE_RECOMPUTE: InstallMode.ValueType  # 2
+"""The new version first reads them again from their beginning."""
+Global___InstallMode: _TypeAlias = InstallMode  # noqa: Y015
+
 class _ReleaseReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -255,12 +277,14 @@ class JoinResponse(_message.Message):
     RESET_TIMEOUT_FIELD_NUMBER: _builtins.int
     STEP_TIMEOUT_FIELD_NUMBER: _builtins.int
     TRUNCATION_REWARD_FIELD_NUMBER: _builtins.int
+    INSTALL_MODE_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     run_id: _builtins.str
     truncation_reward: _builtins.float
     """The reward of an episode that is cut at a token limit before its environment is
     done. Unset: such an episode has no reward, and its lease is released as DATA.
     """
+    install_mode: Global___InstallMode.ValueType
     @_builtins.property
     def heartbeat_interval(self) -> _duration_pb2.Duration: ...
     @_builtins.property
@@ -291,10 +315,11 @@ class JoinResponse(_message.Message):
         reset_timeout: _duration_pb2.Duration | None = ...,
         step_timeout: _duration_pb2.Duration | None = ...,
         truncation_reward: _builtins.float | None = ...,
+        install_mode: Global___InstallMode.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_truncation_reward", b"_truncation_reward", "credits", b"credits", "heartbeat_interval", b"heartbeat_interval", "policy_files", b"policy_files", "reset_timeout", b"reset_timeout", "step_timeout", b"step_timeout", "truncation_reward", b"truncation_reward"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_truncation_reward", b"_truncation_reward", "credits", b"credits", "environments", b"environments", "heartbeat_interval", b"heartbeat_interval", "policy_files", b"policy_files", "reset_timeout", b"reset_timeout", "run_id", b"run_id", "session_id", b"session_id", "step_timeout", b"step_timeout", "truncation_reward", b"truncation_reward"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_truncation_reward", b"_truncation_reward", "credits", b"credits", "environments", b"environments", "heartbeat_interval", b"heartbeat_interval", "install_mode", b"install_mode", "policy_files", b"policy_files", "reset_timeout", b"reset_timeout", "run_id", b"run_id", "session_id", b"session_id", "step_timeout", b"step_timeout", "truncation_reward", b"truncation_reward"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__truncation_reward: _TypeAlias = _typing.Literal["truncation_reward"]  # noqa: Y015
     _WhichOneofArgType__truncation_reward: _TypeAlias = _typing.Literal["_truncation_reward", b"_truncation_reward"]  # noqa: Y015

@@ -18,7 +18,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from actors.engines.base import Engine, GenerationChunk, GenerationRequest, StopReason
 from penstock.errors import EngineFault, WeightTransferError
-from penstock.trajectory import PolicyVersion, Sampling, TokenIds
+from penstock.trajectory import InstallMode, PolicyVersion, Sampling, TokenIds
 from penstock.weights.manifest import HostTensor
 from penstock.weights.staged import stage
 from tests.conformance.policies import (
@@ -34,6 +34,7 @@ from tests.conformance.policies import (
 
 FIRST = PolicyVersion(1, 0)
 SECOND = PolicyVersion(1, 1)
+THIRD = PolicyVersion(1, 2)
 TOLERANCE = 1e-4
 DEADLINE_SECONDS = 60.0
 
@@ -98,7 +99,9 @@ class EngineSuite:
     unsupported: Mapping[str, str] = {}
     """Why the engine does not run some of the configurations."""
 
-    def make_engine(self, folder: Path, *, num_slots: int, max_context: int) -> Engine:
+    def make_engine(
+        self, folder: Path, *, num_slots: int, max_context: int, install_mode: InstallMode
+    ) -> Engine:
         """An engine that hands out tokens as soon as it has them."""
         raise NotImplementedError
 
@@ -114,9 +117,17 @@ class EngineSuite:
 
     @contextlib.asynccontextmanager
     async def running(
-        self, policy: Policy, *, num_slots: int = 8, max_context: int = MAX_CONTEXT, install: bool = True
+        self,
+        policy: Policy,
+        *,
+        num_slots: int = 8,
+        max_context: int = MAX_CONTEXT,
+        install_mode: InstallMode = InstallMode.KEEP,
+        install: bool = True,
     ) -> AsyncIterator[Engine]:
-        engine = self.make_engine(policy.folder, num_slots=num_slots, max_context=max_context)
+        engine = self.make_engine(
+            policy.folder, num_slots=num_slots, max_context=max_context, install_mode=install_mode
+        )
         try:
             await engine.start()
             if install:
@@ -246,34 +257,56 @@ class EngineSuite:
             assert report.digest == qwen.stage(FIRST).manifest.digest
 
     async def test_an_install_in_mid_sequence_switches_between_two_tokens(self, policy: Policy) -> None:
-        new = write_policy(policy.folder, policy.model.config, seed=1)
+        versions = _three_versions(policy)
         ids = [prompt(length, 3) for length in (2, 5, 9, 9)]
-        completions = await self._install_amid(policy, new, ids)
+        completions = await self._install_amid(versions, ids, InstallMode.KEEP)
         for prompt_ids, done in zip(ids, completions, strict=True):
-            assert len(done.token_ids) == MAX_CONTEXT - 10, "a running sequence was dropped"
-            models = {FIRST: policy.model, SECOND: new.model}
             expected = logprobs_over_versions(
-                prompt_ids, done.token_ids, [(models[version], count) for version, count in done.spans]
+                prompt_ids,
+                done.token_ids,
+                [(versions[version].model, count) for version, count in done.spans],
             )
             assert done.logprobs == pytest.approx(expected, abs=TOLERANCE)
 
-    async def _install_amid(self, old: Policy, new: Policy, ids: list[TokenIds]) -> list[Completion]:
-        """Tries until the install falls into the middle of every sequence."""
+    async def test_recomputed_sequences_owe_nothing_to_older_versions(self, qwen: Policy) -> None:
+        versions = _three_versions(qwen)
+        ids = [prompt(length, 3) for length in (2, 140, 9, 9)]
+        completions = await self._install_amid(versions, ids, InstallMode.RECOMPUTE)
+        for prompt_ids, done in zip(ids, completions, strict=True):
+            by_version = {
+                version: each.logprobs(prompt_ids, done.token_ids) for version, each in versions.items()
+            }
+            start = 0
+            for (version, count), older in zip(done.spans, (None, FIRST, SECOND), strict=True):
+                span = slice(start, start + count)
+                assert done.logprobs[span] == pytest.approx(by_version[version][span], abs=TOLERANCE)
+                if older is not None:
+                    assert abs(done.logprobs[start] - by_version[older][start]) > TOLERANCE
+                start += count
+
+    async def _install_amid(
+        self, versions: Mapping[PolicyVersion, Policy], ids: list[TokenIds], mode: InstallMode
+    ) -> list[Completion]:
+        """Installs two versions while sequences run; tries until both fall into the middle of each."""
+        limit = MAX_CONTEXT - max(each.size for each in ids)
         for _ in range(10):
-            async with self.running(old) as engine, asyncio.TaskGroup() as group:
-                before = engine.stats().num_tokens
+            async with (
+                self.running(versions[FIRST], install_mode=mode) as engine,
+                asyncio.TaskGroup() as group,
+            ):
                 tasks = [
-                    group.create_task(
-                        complete(engine, request(each, max_tokens=MAX_CONTEXT - 10, seed=9 + index))
-                    )
+                    group.create_task(complete(engine, request(each, max_tokens=limit, seed=9 + index)))
                     for index, each in enumerate(ids)
                 ]
-                await until(lambda: engine.stats().num_tokens - before > 4 * len(tasks))  # noqa: B023
-                await engine.install(new.stage(SECOND))
+                for version in (SECOND, THIRD):
+                    so_far = engine.stats().num_tokens
+                    await until(lambda: engine.stats().num_tokens - so_far > 4 * len(tasks))  # noqa: B023
+                    await engine.install(versions[version].stage(version))
             completions = [task.result() for task in tasks]
-            if all([version for version, _ in done.spans] == [FIRST, SECOND] for done in completions):
+            assert {len(done.token_ids) for done in completions} == {limit}, "a running sequence was dropped"
+            if all([version for version, _ in done.spans] == [FIRST, SECOND, THIRD] for done in completions):
                 return completions
-        pytest.fail("no install fell into the middle of the sequences")
+        pytest.fail("no two installs fell into the middle of the sequences")
 
     async def test_ten_installs_leave_no_tensor_stale(self, policy: Policy) -> None:
         ids = prompt(7)
@@ -356,6 +389,12 @@ class EngineSuite:
                 await complete(engine, request(prompt(3)))
             with pytest.raises(EngineFault, match="stopped"):
                 await engine.install(qwen.stage(FIRST))
+
+
+def _three_versions(policy: Policy) -> dict[PolicyVersion, Policy]:
+    """Each with weights of its own, for the engine of the first."""
+    others = [write_policy(policy.folder, policy.model.config, seed=seed) for seed in (1, 2)]
+    return dict(zip((FIRST, SECOND, THIRD), (policy, *others), strict=True))
 
 
 def _warped_logprobs(

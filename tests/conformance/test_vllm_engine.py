@@ -19,7 +19,17 @@ import pytest_asyncio
 from actors.engines.base import Engine
 from actors.engines.vllm import VllmEngine
 from penstock.errors import ConfigError
-from tests.conformance.engine_suite import FIRST, SECOND, TOLERANCE, EngineSuite, complete, prompt, request
+from penstock.trajectory import InstallMode
+from tests.conformance.engine_suite import (
+    FIRST,
+    SECOND,
+    TOLERANCE,
+    EngineSuite,
+    complete,
+    prompt,
+    request,
+    until,
+)
 from tests.conformance.policies import MAX_CONTEXT, Policy, configs, write_policy
 
 pytestmark = pytest.mark.skipif(
@@ -43,8 +53,8 @@ if __name__ == "__main__":
     asyncio.run(main())
 """
 
-_engines: dict[tuple[str, int], Engine] = {}
-"""Engines that have installed a version, by configuration and number of slots."""
+_engines: dict[tuple[str, int, InstallMode], Engine] = {}
+"""Engines that have installed a version, by configuration, number of slots and mode."""
 
 
 @pytest.mark.asyncio(loop_scope="class")
@@ -58,12 +68,26 @@ class TestVllmEngine(EngineSuite):
         while _engines:
             await _engines.popitem()[1].stop()
 
-    def make_engine(self, folder: Path, *, num_slots: int, max_context: int) -> Engine:
-        return VllmEngine(folder, num_slots=num_slots, max_context=max_context, stream_tokens=1)
+    def make_engine(
+        self, folder: Path, *, num_slots: int, max_context: int, install_mode: InstallMode = InstallMode.KEEP
+    ) -> Engine:
+        return VllmEngine(
+            folder,
+            num_slots=num_slots,
+            max_context=max_context,
+            install_mode=install_mode,
+            stream_tokens=1,
+        )
 
     @contextlib.asynccontextmanager
     async def running(
-        self, policy: Policy, *, num_slots: int = 8, max_context: int = MAX_CONTEXT, install: bool = True
+        self,
+        policy: Policy,
+        *,
+        num_slots: int = 8,
+        max_context: int = MAX_CONTEXT,
+        install_mode: InstallMode = InstallMode.KEEP,
+        install: bool = True,
     ) -> AsyncIterator[Engine]:
         """An engine with as few or as many slots; with the policy's own limit whatever is asked for."""
         if not install:
@@ -71,9 +95,11 @@ class TestVllmEngine(EngineSuite):
                 yield engine
             return
         num_slots = _FEW_SLOTS if num_slots <= 2 else _MANY_SLOTS
-        key = (policy.model.config.to_json_string(), num_slots)
+        key = (policy.model.config.to_json_string(), num_slots, install_mode)
         if key not in _engines:
-            engine = self.make_engine(policy.folder, num_slots=num_slots, max_context=MAX_CONTEXT)
+            engine = self.make_engine(
+                policy.folder, num_slots=num_slots, max_context=MAX_CONTEXT, install_mode=install_mode
+            )
             await engine.start()
             _engines[key] = engine
         await _engines[key].install(policy.stage(FIRST))
@@ -88,6 +114,22 @@ class TestVllmEngine(EngineSuite):
                 for _ in range(2):
                     done = await complete(engine, request(ids, max_tokens=20, seed=1))
                     assert done.logprobs == pytest.approx(qwen.logprobs(ids, done.token_ids), abs=TOLERANCE)
+
+    async def test_what_waits_through_an_install_reads_no_cache_of_before(self, qwen: Policy) -> None:
+        new = write_policy(qwen.folder, qwen.model.config, seed=1)
+        ids = prompt(300)
+        async with self.running(qwen, num_slots=1) as engine, asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(complete(engine, request(ids, max_tokens=200, seed=1 + index)))
+                for index in range(3)
+            ]
+            before = engine.stats().num_tokens
+            await until(lambda: engine.stats().num_tokens > before)
+            await engine.install(new.stage(SECOND))
+        begun_after = [task.result() for task in tasks if task.result().spans == [(SECOND, 200)]]
+        assert len(begun_after) == 2
+        for done in begun_after:
+            assert done.logprobs == pytest.approx(new.logprobs(ids, done.token_ids), abs=TOLERANCE)
 
     async def test_a_policy_whose_weights_are_packed_is_refused(self, tmp_path: Path) -> None:
         policy = write_policy(tmp_path / "policy", configs()["qwen3-moe"])
