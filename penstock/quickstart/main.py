@@ -90,7 +90,7 @@ def closing_lines(quickstart: Quickstart, folder: Path, summary: Summary) -> lis
         f"  {penstock} eval --policy {_shown(quickstart.policy)} --environment {quickstart.environment}",
         f"  {penstock} export {run} my-policy --dtype bfloat16",
         f"  {penstock} learner {run / 'run.toml'} --schedule.num-steps {2 * summary.versions}",
-        f"  {penstock} actor --learner {quickstart.learner}",
+        f"  {penstock} actor --learner {quickstart.learner} --engine {summary.engine}",
     ]
 
 

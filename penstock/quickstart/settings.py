@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+from actors.engines.names import EngineName, require_engine
 from penstock.errors import ConfigError
 
 WARM_START_SEQUENCES = 64
@@ -27,12 +28,15 @@ class QuickstartConfig:
     max_lag: int = 4
     """How many versions old a trajectory may be when it is trained on; 0 is synchronous."""
     actors: int = 2
+    engine: EngineName = "torch"
+    """What actors generate with: torch, or vllm, which takes about a minute more to start."""
     steps: int = 120
     """Training steps, and so versions."""
     warm_start_steps: int = 450
     """Steps of supervised learning before. With fewer there is less for reinforcement to build on."""
 
     def __post_init__(self) -> None:
+        require_engine(self.engine)
         for name, least in (
             ("actors", 1),
             ("steps", 3),
@@ -93,7 +97,7 @@ def run_toml(
 # A run: asynchronous GRPO on words spelled backward. Each in a terminal of its own:
 #   {serve}
 #   penstock learner {folder / "run.toml"}
-#   penstock actor --learner {bind}
+#   penstock actor --learner {bind} --engine {config.engine}
 # The same command for the learner goes on from the newest checkpoint; `penstock learner --help`
 # lists every setting.
 

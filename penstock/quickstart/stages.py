@@ -52,6 +52,8 @@ class Trained:
     accuracy_before: float
     killed_at: float | None
     """Unix seconds."""
+    engines: frozenset[str]
+    """What the actors that joined generated with."""
 
 
 class Quickstart:
@@ -138,15 +140,19 @@ class Quickstart:
             await self._programs.ready(learner, "learner ready on", timeout_seconds=_START_SECONDS)
         async with RunClient(self._learner) as run, task_group() as tasks:
             before = tasks.create_task(self._evaluate_before(warm_started), name="accuracy before")
-            status, killed_at = await self._watch(run)
+            status, killed_at, engines = await self._watch(run)
         await self._programs.finished(learner, timeout_seconds=_LEAVE_SECONDS)
         await self._see_actors_off()
         self._display.say(f"trained {status.ledger.trained:,} trajectories in {status.version.step} steps")
-        return Trained(status=status, accuracy_before=before.result(), killed_at=killed_at)
+        return Trained(status=status, accuracy_before=before.result(), killed_at=killed_at, engines=engines)
 
-    async def _watch(self, run: RunClient) -> tuple[pb.GetStatusResponse, float | None]:
-        """Shows the run until it is finished; returns its last state, and when an actor was killed."""
+    async def _watch(self, run: RunClient) -> tuple[pb.GetStatusResponse, float | None, frozenset[str]]:
+        """Shows the run until it is finished.
+
+        Returns its last state, when an actor was killed, and the engines of those that joined.
+        """
         killed_at: float | None = None
+        engines: set[str] = set()
         progress = _Progress()
         with self._display.watching() as show:
             while True:
@@ -154,8 +160,9 @@ class Quickstart:
                 status = await _status(run)
                 if status is not None:
                     show(status)
+                    engines.update(actor.engine for actor in status.actors)
                     if status.state == pb.RUN_STATE_FINISHED:
-                        return status, killed_at
+                        return status, killed_at, frozenset(engines)
                     if killed_at is None and self._kill_is_due(status):
                         killed_at = time.time()
                         await self._replace_an_actor()
@@ -175,6 +182,7 @@ class Quickstart:
         name = f"actor-{len(self._actors) + 1}"
         arguments = [
             *("actor", "--learner", self._learner, "--name", name, "--num-slots", "64", "--device", "cpu"),
+            *("--engine", self._config.engine),
             # It may wait for the learner through the whole warm start.
             *("--connect-seconds", str(_PROGRAM_SECONDS)),
         ]
@@ -226,7 +234,7 @@ class Quickstart:
             training_seconds=round(training_seconds, 1),
             tokens_per_second=round(ledger.tokens_trained / max(training_seconds, 1e-9), 1),
             seed=config.seed,
-            engine="torch",
+            engine="+".join(sorted(trained.engines)),
             num_actors=config.actors,
             killed_actor=killed_at is not None,
         )

@@ -36,6 +36,7 @@ class Summary:
     """Sampled tokens that were trained on, by second of training."""
     seed: int
     engine: str
+    """As the actors named it when they joined."""
     num_actors: int
     killed_actor: bool
 

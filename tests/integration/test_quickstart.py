@@ -28,6 +28,7 @@ def test_a_run_that_loses_an_actor_ends_with_a_summary_and_nothing_lost(tmp_path
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["versions"] == 24
     assert summary["killed_actor"] is True
+    assert summary["engine"] == "torch"
     assert summary["ledger_imbalance"] == 0
     assert summary["max_lag_trained"] <= summary["max_lag"] == 4
     assert summary["trajectories"]["trained"] == 24 * 8 * 16

@@ -1,3 +1,4 @@
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,9 @@ def test_flags_out_of_range_end_with_status_2(tmp_path: Path, capsys: pytest.Cap
         cli.main(["quickstart", "--run-dir", str(tmp_path), "--actors", "0"])
 
     assert "actors is 0; expected at least 1" in capsys.readouterr().err
+
+
+def test_vllm_that_is_missing_is_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="make setup-vllm"):
+        QuickstartConfig(engine="vllm")
