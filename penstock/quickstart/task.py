@@ -38,9 +38,9 @@ def serve_arguments(*, seed: int, bind: str) -> list[str]:
     ]
 
 
-def training_prompts(*, seed: int) -> list[str]:
-    """The prompts of the environment's training tasks, as `word=`: none of those it holds out."""
-    environment = ReasoningGym(
+def environment(*, seed: int) -> ReasoningGym:
+    """What `serve_arguments` serves, in this process."""
+    return ReasoningGym(
         name=_NAME,
         config=_LENGTH,
         num_train=NUM_TRAIN,
@@ -49,8 +49,13 @@ def training_prompts(*, seed: int) -> list[str]:
         prompt=_PROMPT,
         answer="whole",
     )
+
+
+def training_prompts(*, seed: int) -> list[str]:
+    """The prompts of the environment's training tasks, as `word=`: none of those it holds out."""
+    words = environment(seed=seed)
     tasks = (Task(ENVIRONMENT, "train", index, seed) for index in range(NUM_TRAIN))
-    return [environment.prompt(task)[0].content for task in tasks]
+    return [words.prompt(task)[0].content for task in tasks]
 
 
 def write_demonstrations(path: Path, prompts: Sequence[str], *, count: int, seed: int) -> None:
