@@ -10,29 +10,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
-import os
 import queue
 import threading
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import apsw
 
-from learner.coordinator import tables
+from learner.coordinator import database, tables
 from learner.coordinator.groups import Filled, Group, LeaseOutcome, Slot
 from learner.coordinator.records import Record, TrajectoryState
-from penstock.errors import ConfigError, LedgerError
+from penstock.errors import LedgerError
 from penstock.trajectory import PolicyVersion, Task
 
 _log = logging.getLogger(__name__)
-
-FORMAT = "2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,20 +80,37 @@ class PublishedVersion:
     metrics: str
 
 
+def read_totals(db: apsw.Connection) -> Totals:
+    """Reads the tallies, which every commit brings up to date. Raises apsw.Error."""
+    tallies = dict(db.execute("SELECT name, value FROM tallies"))
+
+    def of(kind: str) -> dict[str, int]:
+        return {name.removeprefix(kind): n for name, n in tallies.items() if name.startswith(kind) and n}
+
+    return Totals(
+        accepted=tallies.get("accepted", 0),
+        by_state={TrajectoryState(state): count for state, count in of("state:").items()},
+        duplicates=tallies.get("duplicate", 0),
+        rejected=of("rejected:"),
+        max_lag_trained=tallies.get("lag_trained", 0),
+        mixed_version_trained=tallies.get("mixed_trained", 0),
+        tokens_trained=tallies.get("tokens_trained", 0),
+        by_environment=of("environment:"),
+    )
+
+
 class Ledger:
     """Opens, or creates, the ledger of a run folder. Raises ConfigError, LedgerError."""
 
     def __init__(self, path: Path, *, on_fatal: Callable[[LedgerError], None] = lambda _: None) -> None:
         self.path = path
         self._on_fatal = on_fatal
-        self._lock_file = _lock(path)
+        self._lock_file = database.lock(path)
         self._failed: LedgerError | None = None
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
-        try:
-            self._db = _open(path)
-            self._reader = _open_reader(path)
-        except apsw.Error as error:
-            raise LedgerError(f"{path}: the ledger cannot be opened: {error}") from error
+        self._db = database.open_writer(path)
+        self._reader = database.open_reader(path)
+        self._recount()
         self._writer = threading.Thread(target=self._write_forever, name="ledger-writer", daemon=True)
         self._writer.start()
 
@@ -175,31 +186,21 @@ class Ledger:
         return list(self._groups("state = 'trained' AND step >= ?", (step,)))
 
     def totals(self) -> Totals:
-        """Counts what is on disk, over a connection of its own: safe in any thread."""
+        """What the ledger counts, over a connection of its own: safe in any thread. Raises LedgerError."""
         try:
-            with contextlib.closing(_open_reader(self.path)) as db, db:
-                tallies = dict(db.execute("SELECT name, value FROM tallies"))
-                states = dict(db.execute("SELECT state, count(*) FROM trajectories GROUP BY state"))
-                environments = dict(
-                    db.execute("SELECT environment, count(*) FROM trajectories GROUP BY environment")
-                )
-                ((lag, mixed, tokens),) = db.execute(
-                    "SELECT coalesce(max(lag), 0), coalesce(sum(mixed), 0), coalesce(sum(num_sampled), 0) "
-                    "FROM trajectories WHERE state = 'trained'"
-                )
+            with contextlib.closing(database.open_reader(self.path)) as db:
+                return read_totals(db)
         except apsw.Error as error:
-            raise LedgerError(f"{self.path}: cannot be read: {error}") from error
-        prefix = "rejected:"
-        return Totals(
-            accepted=tallies.get("accepted", 0),
-            by_state={TrajectoryState(state): count for state, count in states.items()},
-            duplicates=tallies.get("duplicate", 0),
-            rejected={n.removeprefix(prefix): v for n, v in tallies.items() if n.startswith(prefix)},
-            max_lag_trained=lag,
-            mixed_version_trained=mixed,
-            tokens_trained=tokens,
-            by_environment=environments,
-        )
+            raise LedgerError(f"{self.path}: cannot be read: {database.explain(error)}") from error
+
+    def _recount(self) -> None:
+        """Counts the rows once: what the tallies say of them must be true, whatever wrote them."""
+        with self._db:
+            before = read_totals(self._db)
+            tables.recount(self._db)
+            after = read_totals(self._db)
+        if before != after:
+            _log.error("%s: the tallies said %s; the rows say %s", self.path, before, after)
 
     def payloads(self, trajectory_ids: Iterable[str]) -> list[bytes]:
         """The trajectories as they were sent, in the order asked for. Raises LedgerError."""
@@ -273,7 +274,7 @@ class Ledger:
         try:
             return self._reader.execute(sql, parameters).fetchall()
         except apsw.Error as error:
-            raise LedgerError(f"{self.path}: cannot be read: {error}") from error
+            raise LedgerError(f"{self.path}: cannot be read: {database.explain(error)}") from error
 
     def _row(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
         return self._rows(sql, parameters)[0]
@@ -306,11 +307,11 @@ class Ledger:
             return self._failed
         try:
             with self._db:
-                for write in batch:
-                    for record in write.records:
-                        tables.apply(self._db, record)
+                tables.apply(self._db, (record for write in batch for record in write.records))
         except (apsw.Error, OSError) as error:
-            self._failed = LedgerError(f"{self.path}: a commit failed, nothing more is acknowledged: {error}")
+            self._failed = LedgerError(
+                f"{self.path}: a commit failed, nothing more is acknowledged: {database.explain(error)}"
+            )
             _log.critical("%s", self._failed)
             self._on_fatal(self._failed)
             return self._failed
@@ -330,42 +331,3 @@ def _settle(future: asyncio.Future[None], error: LedgerError | None) -> None:
         future.set_result(None)
     else:
         future.set_exception(error)
-
-
-def _lock(path: Path) -> Any:
-    """Holds a lock on the run folder for as long as the file is open. Raises ConfigError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = (path.parent / "ledger.lock").open("a")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        handle.close()
-        raise ConfigError(
-            f"{path.parent}: another learner is running in this folder; stop it first"
-        ) from None
-    return handle
-
-
-def _open_reader(path: Path) -> apsw.Connection:
-    reader = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
-    reader.set_busy_timeout(5000)
-    return reader
-
-
-def _open(path: Path) -> apsw.Connection:
-    db = apsw.Connection(str(path))
-    # Rows hold payloads of several KiB: large pages commit 2.5 times as many a second.
-    db.execute("PRAGMA page_size = 65536")
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA synchronous = FULL")
-    os.chmod(path, 0o600)  # noqa: PTH101
-    if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchall():
-        with db:
-            db.execute(resources.files(__package__).joinpath("ledger.sql").read_text(encoding="utf-8"))
-            db.execute(
-                "INSERT INTO meta VALUES ('format', ?), ('run_id', ?)", (FORMAT, uuid.uuid4().hex[:12])
-            )
-    found = db.execute("SELECT value FROM meta WHERE name = 'format'").fetchall()[0][0]
-    if found != FORMAT:
-        raise ConfigError(f"{path}: ledger format is {found}; this version of penstock reads {FORMAT}")
-    return db

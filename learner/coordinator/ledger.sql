@@ -1,5 +1,6 @@
 -- The ledger of one run. Written by learner/coordinator/tables.py.
--- Invariant: tallies['accepted'] = count(*) of trajectories, each in exactly one state.
+-- Invariant: tallies['accepted'] = count(*) of trajectories, each in exactly one state; the other tallies equal
+-- what they count.
 
 CREATE TABLE meta (
     name TEXT PRIMARY KEY,
@@ -67,7 +68,8 @@ CREATE TABLE payloads (
 
 CREATE TABLE lineages (
     epoch INTEGER PRIMARY KEY,
-    step INTEGER NOT NULL                      -- of the checkpoint that it started from
+    step INTEGER NOT NULL,                     -- of the checkpoint that it started from
+    max_lag INTEGER NOT NULL
 );
 
 CREATE TABLE versions (
@@ -88,7 +90,7 @@ CREATE TABLE checkpoints (
 ) WITHOUT ROWID;
 
 CREATE TABLE tallies (
-    name TEXT PRIMARY KEY,                     -- accepted, duplicate, rejected:CODE
+    name TEXT PRIMARY KEY,                     -- accepted, duplicate, rejected:CODE, state:STATE, ...
     value INTEGER NOT NULL
 ) WITHOUT ROWID;
 

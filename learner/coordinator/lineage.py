@@ -77,7 +77,7 @@ class Lineage:
             if group.born.step > step:
                 group.born = self._first
         self._board.set_dues(self._first, step)
-        self._journal.record(LineageOpened(epoch=self.epoch, step=step))
+        self._journal.record(LineageOpened(epoch=self.epoch, step=step, max_lag=self._schedule.max_lag))
         self._journal.event(
             "lineage", f"epoch {self.epoch} starts from step {step}; {len(reopened)} groups to train again"
         )

@@ -139,6 +139,7 @@ class LineageOpened:
 
     epoch: int
     step: int
+    max_lag: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

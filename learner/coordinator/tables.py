@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import apsw
@@ -24,28 +24,84 @@ from learner.coordinator.records import (
     SequenceAdvanced,
     SessionClosed,
     SessionOpened,
+    TrajectoryState,
     TrajectoryStored,
     VersionPublished,
 )
 
 
-def apply(db: apsw.Connection, record: Record) -> None:
-    """Writes one record, within the caller's transaction. Raises apsw.Error."""
-    _WRITERS[type(record)](db, record)
+def apply(db: apsw.Connection, records: Iterable[Record]) -> None:
+    """Writes records, within the caller's transaction. Raises apsw.Error."""
+    transaction = _Transaction(db)
+    for record in records:
+        _WRITERS[type(record)](transaction, record)
+    transaction.write_tallies()
 
 
-def _session_opened(db: apsw.Connection, r: SessionOpened) -> None:
+def recount(db: apsw.Connection) -> None:
+    """Sets every tally that tells of rows to what the rows say. `accepted` is left: it is what they must add up to."""
+    db.execute(
+        "DELETE FROM tallies WHERE name LIKE 'state:%' OR name LIKE 'environment:%' "
+        "OR name IN ('lag_trained', 'mixed_trained', 'tokens_trained')"
+    )
+    for name in ("state", "environment"):
+        db.execute(
+            f"INSERT INTO tallies SELECT '{name}:' || {name}, count(*) FROM trajectories GROUP BY {name}"  # noqa: S608
+        )
+    trained = "FROM trajectories WHERE state = 'trained'"
+    db.execute(f"INSERT INTO tallies SELECT 'lag_trained', coalesce(max(lag), 0) {trained}")
+    db.execute(f"INSERT INTO tallies SELECT 'mixed_trained', coalesce(sum(mixed), 0) {trained}")
+    db.execute(f"INSERT INTO tallies SELECT 'tokens_trained', coalesce(sum(num_sampled), 0) {trained}")
+
+
+class _Transaction:
+    """One commit: statements, and changes of tallies, which are written once at its end."""
+
+    def __init__(self, db: apsw.Connection) -> None:
+        self._db = db
+        self._tallies: Counter[str] = Counter()
+        self._lag = 0
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> apsw.Cursor:
+        return self._db.execute(sql, parameters)
+
+    @property
+    def num_changed(self) -> int:
+        """Rows that the last statement changed."""
+        return self._db.changes()
+
+    def add(self, name: str, value: int) -> None:
+        self._tallies[name] += value
+
+    def raise_lag(self, lag: int) -> None:
+        self._lag = max(self._lag, lag)
+
+    def recount(self) -> None:
+        self.write_tallies()
+        recount(self._db)
+
+    def write_tallies(self) -> None:
+        upsert = "INSERT INTO tallies VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = "
+        for name, value in self._tallies.items():
+            self._db.execute(upsert + "value + excluded.value", (name, value))
+        if self._lag:
+            self._db.execute(upsert + "max(value, excluded.value)", ("lag_trained", self._lag))
+        self._tallies.clear()
+        self._lag = 0
+
+
+def _session_opened(db: _Transaction, r: SessionOpened) -> None:
     db.execute(
         "INSERT INTO sessions (session_id, actor_id, number) VALUES (?, ?, ?)",
         (r.session_id, r.actor_id, r.number),
     )
 
 
-def _session_closed(db: apsw.Connection, r: SessionClosed) -> None:
+def _session_closed(db: _Transaction, r: SessionClosed) -> None:
     db.execute("UPDATE sessions SET closed = ? WHERE session_id = ?", (r.reason, r.session_id))
 
 
-def _group_opened(db: apsw.Connection, r: GroupOpened) -> None:
+def _group_opened(db: _Transaction, r: GroupOpened) -> None:
     task = r.task
     db.execute(
         "INSERT INTO groups (group_id, environment, split, task_index, seed, born_epoch, born_step, num_slots) "
@@ -54,20 +110,20 @@ def _group_opened(db: apsw.Connection, r: GroupOpened) -> None:
     )
 
 
-def _lease_granted(db: apsw.Connection, r: LeaseGranted) -> None:
+def _lease_granted(db: _Transaction, r: LeaseGranted) -> None:
     db.execute(
         "INSERT INTO leases (lease_id, group_id, slot, attempt, session_id) VALUES (?, ?, ?, ?, ?)",
         (r.lease_id, r.group_id, r.slot, r.attempt, r.session_id),
     )
 
 
-def _lease_ended(db: apsw.Connection, r: LeaseEnded) -> None:
+def _lease_ended(db: _Transaction, r: LeaseEnded) -> None:
     db.execute(
         "UPDATE leases SET outcome = ?, message = ? WHERE lease_id = ?", (r.outcome, r.message, r.lease_id)
     )
 
 
-def _trajectory_stored(db: apsw.Connection, r: TrajectoryStored) -> None:
+def _trajectory_stored(db: _Transaction, r: TrajectoryStored) -> None:
     db.execute(
         "INSERT INTO trajectories (trajectory_id, lease_id, group_id, slot, session_id, sequence, state, "
         "environment, oldest_step, num_sampled, mixed, reward, observation_digest) "
@@ -90,21 +146,22 @@ def _trajectory_stored(db: apsw.Connection, r: TrajectoryStored) -> None:
     )
     if r.payload is not None:
         db.execute("INSERT INTO payloads VALUES (?, ?)", (r.trajectory_id, r.payload))
-    _add(db, "accepted", 1)
+    for tally in ("accepted", f"state:{r.state}", f"environment:{r.environment}"):
+        db.add(tally, 1)
 
 
-def _items_refused(db: apsw.Connection, r: ItemsRefused) -> None:
+def _items_refused(db: _Transaction, r: ItemsRefused) -> None:
     if r.duplicates:
-        _add(db, "duplicate", r.duplicates)
+        db.add("duplicate", r.duplicates)
     for code, count in Counter(r.rejected).items():
-        _add(db, f"rejected:{code}", count)
+        db.add(f"rejected:{code}", count)
 
 
-def _sequence_advanced(db: apsw.Connection, r: SequenceAdvanced) -> None:
+def _sequence_advanced(db: _Transaction, r: SequenceAdvanced) -> None:
     db.execute("UPDATE sessions SET acknowledged = ? WHERE session_id = ?", (r.sequence, r.session_id))
 
 
-def _group_dropped(db: apsw.Connection, r: GroupDropped) -> None:
+def _group_dropped(db: _Transaction, r: GroupDropped) -> None:
     db.execute(
         "UPDATE groups SET state = 'dropped', step = NULL, reason = ? WHERE group_id = ?",
         (r.reason, r.group_id),
@@ -115,21 +172,22 @@ def _group_dropped(db: apsw.Connection, r: GroupDropped) -> None:
         (r.group_id,),
     )
     db.execute(f"UPDATE trajectories SET state = ? WHERE {pending}", (r.state, r.group_id))  # noqa: S608
+    _move(db, db.num_changed, TrajectoryState.PENDING, r.state)
 
 
-def _version_published(db: apsw.Connection, r: VersionPublished) -> None:
+def _version_published(db: _Transaction, r: VersionPublished) -> None:
     db.execute(
         "INSERT INTO versions (epoch, step, digest, manifest, metrics) VALUES (?, ?, ?, ?, ?)",
         (*r.version, r.digest, r.manifest, r.metrics),
     )
 
 
-def _batch_assigned(db: apsw.Connection, r: BatchAssigned) -> None:
+def _batch_assigned(db: _Transaction, r: BatchAssigned) -> None:
     for group_id in r.group_ids:
         db.execute("UPDATE groups SET state = 'assigned', step = ? WHERE group_id = ?", (r.step, group_id))
 
 
-def _batch_trained(db: apsw.Connection, r: BatchTrained) -> None:
+def _batch_trained(db: _Transaction, r: BatchTrained) -> None:
     for group_id in r.group_ids:
         db.execute("UPDATE groups SET state = 'trained', step = ? WHERE group_id = ?", (r.step, group_id))
         db.execute(
@@ -137,10 +195,19 @@ def _batch_trained(db: apsw.Connection, r: BatchTrained) -> None:
             "WHERE group_id = ?2 AND state = 'pending'",
             (r.step, group_id),
         )
+        _move(db, db.num_changed, TrajectoryState.PENDING, TrajectoryState.TRAINED)
+        ((lag, mixed, tokens),) = db.execute(
+            "SELECT coalesce(max(lag), 0), coalesce(sum(mixed), 0), coalesce(sum(num_sampled), 0) "
+            "FROM trajectories WHERE group_id = ? AND state = 'trained'",
+            (group_id,),
+        )
+        db.raise_lag(lag)
+        db.add("mixed_trained", mixed)
+        db.add("tokens_trained", tokens)
 
 
-def _lineage_opened(db: apsw.Connection, r: LineageOpened) -> None:
-    db.execute("INSERT INTO lineages (epoch, step) VALUES (?, ?)", (r.epoch, r.step))
+def _lineage_opened(db: _Transaction, r: LineageOpened) -> None:
+    db.execute("INSERT INTO lineages (epoch, step, max_lag) VALUES (?, ?, ?)", (r.epoch, r.step, r.max_lag))
     db.execute("DELETE FROM meta WHERE name = 'finished'")
     db.execute(
         "UPDATE trajectories SET state = 'pending', step = NULL, lag = NULL WHERE state = 'trained' AND step >= ?",
@@ -156,9 +223,10 @@ def _lineage_opened(db: apsw.Connection, r: LineageOpened) -> None:
         (r.epoch, r.step),
     )
     db.execute("DELETE FROM checkpoints WHERE step > ?", (r.step,))
+    db.recount()
 
 
-def _checkpoint_written(db: apsw.Connection, r: CheckpointWritten) -> None:
+def _checkpoint_written(db: _Transaction, r: CheckpointWritten) -> None:
     db.execute(
         "INSERT OR REPLACE INTO checkpoints (epoch, step, path, digest) VALUES (?, ?, ?, ?)",
         (*r.version, r.path, r.digest),
@@ -173,22 +241,20 @@ def _checkpoint_written(db: apsw.Connection, r: CheckpointWritten) -> None:
     )
 
 
-def _run_finished(db: apsw.Connection, r: RunFinished) -> None:
+def _run_finished(db: _Transaction, r: RunFinished) -> None:
     db.execute("INSERT OR REPLACE INTO meta VALUES ('finished', ?)", (str(r.step),))
 
 
-def _event_logged(db: apsw.Connection, r: EventLogged) -> None:
+def _move(db: _Transaction, count: int, before: TrajectoryState, after: TrajectoryState) -> None:
+    db.add(f"state:{before}", -count)
+    db.add(f"state:{after}", count)
+
+
+def _event_logged(db: _Transaction, r: EventLogged) -> None:
     db.execute("INSERT INTO events (time, kind, message) VALUES (?, ?, ?)", (r.time, r.kind, r.message))
 
 
-def _add(db: apsw.Connection, name: str, value: int) -> None:
-    db.execute(
-        "INSERT INTO tallies VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
-        (name, value),
-    )
-
-
-_WRITERS: dict[type, Callable[[apsw.Connection, Any], None]] = {
+_WRITERS: dict[type, Callable[[_Transaction, Any], None]] = {
     SessionOpened: _session_opened,
     SessionClosed: _session_closed,
     GroupOpened: _group_opened,

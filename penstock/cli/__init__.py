@@ -33,6 +33,7 @@ _COMMANDS = {
     "train": _Command("learner.offline:main", "train from files: sft"),
     "eval": _Command("actors.evaluate:main", "measure a policy on an environment"),
     "export": _Command("learner.export:main", "write a checkpoint as a Hugging Face folder"),
+    "ledger": _Command("penstock.cli.ledger:main", "inspect and verify a run's ledger"),
     "top": _Command("penstock.cli.operations:top", "watch a run"),
     "status": _Command("penstock.cli.operations:status", "print a run's state"),
     "why": _Command("penstock.cli.operations:why", "say what a run is waiting for"),

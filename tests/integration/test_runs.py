@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from learner.coordinator.audit import audit
 from penstock.v1 import operator_pb2
 
 from .cluster import Cluster, cluster, wait_until
@@ -23,6 +24,7 @@ def run(tmp_path: Path):  # type: ignore[no-untyped-def]
 
 
 def check_balance(run: Cluster, *, num_steps: int, max_lag: int = 2) -> None:
+    assert not audit(run.run_dir / "ledger.sqlite").violations
     totals = run.totals()
     assert totals.imbalance == 0
     assert totals.max_lag_trained <= max_lag

@@ -84,7 +84,8 @@ def restore(scheduler: Scheduler, found: Recovered, *, now: float = 0.0) -> None
 
 
 def digest_of(version: PolicyVersion) -> str:
-    return f"digest of {version}"
+    """A version restored from a checkpoint has the tensors that it had."""
+    return f"digest of step {version.step}"
 
 
 def join(scheduler: Scheduler, name: str = "a", *, now: float = 0.0, held: tuple[str, ...] = ()) -> str:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from learner.config import FleetConfig
+from learner.coordinator.audit import audit
 from learner.coordinator.decisions import Batch
 from learner.coordinator.groups import LeaseOutcome
 from learner.coordinator.ledger import Ledger
@@ -48,6 +49,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.ledger.close()
+        assert not audit(self.folder / "ledger.sqlite").violations
         shutil.rmtree(self.folder)
 
     # -- the processes --------------------------------------------------------------------
