@@ -84,6 +84,22 @@ class FleetConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerConfig:
+    """What the ledger keeps, and when it runs out of room."""
+
+    keep_payloads: bool = False
+    """Keep trajectories that every kept checkpoint covers, so that `penstock replay` can
+    train on them again. Otherwise they are deleted with the checkpoint that covers them."""
+    min_free_bytes: int = 512 * 1024 * 1024
+    """No lease is granted while the run folder's disk has less room than this; what is
+    leased goes on. Twice as much room is where warnings begin."""
+
+    def __post_init__(self) -> None:
+        if self.min_free_bytes < 0:
+            raise ConfigError(f"ledger.min_free_bytes is {self.min_free_bytes}; expected 0 (never) or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     policy: Path
     """A Hugging Face folder: config.json, tokeniser, safetensors."""
@@ -105,6 +121,7 @@ class RunConfig:
     """Reward of an episode that is cut at a token limit before its environment is done.
     Unset, such an episode has no reward and counts as a fault of its task."""
     fleet: FleetConfig = field(default_factory=FleetConfig)
+    ledger: LedgerConfig = field(default_factory=LedgerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:

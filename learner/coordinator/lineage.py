@@ -141,9 +141,14 @@ class Lineage:
         for group in assigned.groups:
             self._board.drop(group, TrajectoryState.QUARANTINED, reason)
 
-    def checkpointed(self, version: PolicyVersion, path: str, digest: str, keep: int) -> None:
+    def checkpointed(
+        self, version: PolicyVersion, path: str, digest: str, *, keep: int, keep_payloads: bool = False
+    ) -> None:
         self.require_epoch(version.epoch)
-        self._journal.record(CheckpointWritten(version=version, path=path, digest=digest, keep=keep))
+        written = CheckpointWritten(
+            version=version, path=path, digest=digest, keep=keep, keep_payloads=keep_payloads
+        )
+        self._journal.record(written)
         self._journal.event("checkpoint", f"version {version} at {path}")
 
     def finish(self, epoch: int, step: int) -> None:

@@ -111,12 +111,17 @@ async def _run(
         found.run_id, environments.endpoints, policy.listing(), settings.fleet, settings.truncation_reward
     )
     addresses = {endpoint.name: endpoint.address for endpoint in environments.endpoints}
-    keep = settings.training.checkpoint.keep
     coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(
         ActorService(coordinator, publications, welcome), server
     )
     trainer_pb2_grpc.add_TrainerServiceServicer_to_server(
-        TrainerService(coordinator, publications, keep_checkpoints=keep), server
+        TrainerService(
+            coordinator,
+            publications,
+            keep_checkpoints=settings.training.checkpoint.keep,
+            keep_payloads=settings.ledger.keep_payloads,
+        ),
+        server,
     )
     operator_pb2_grpc.add_OperatorServiceServicer_to_server(
         OperatorService(coordinator, settings.schedule, addresses), server

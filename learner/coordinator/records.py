@@ -148,7 +148,9 @@ class CheckpointWritten:
     path: str
     digest: str
     keep: int
-    """Checkpoints that are kept, this one included. What they all cover needs no payload."""
+    """Checkpoints that are kept, this one included."""
+    keep_payloads: bool = False
+    """Keep payloads although every kept checkpoint covers the step that trained on them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

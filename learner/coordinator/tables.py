@@ -234,6 +234,8 @@ def _checkpoint_written(db: _Transaction, r: CheckpointWritten) -> None:
     kept = db.execute("SELECT step FROM checkpoints ORDER BY step DESC LIMIT ?", (r.keep,)).fetchall()
     covered = kept[-1][0] if len(kept) == r.keep else 0
     db.execute("DELETE FROM checkpoints WHERE step < ?", (covered,))
+    if r.keep_payloads:
+        return
     db.execute(
         "DELETE FROM payloads WHERE trajectory_id IN "
         "(SELECT trajectory_id FROM trajectories WHERE state = 'trained' AND step < ?)",

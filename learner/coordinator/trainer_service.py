@@ -28,12 +28,18 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
     """Lineages, batches and versions."""
 
     def __init__(
-        self, coordinator: Coordinator, publications: Publications, *, keep_checkpoints: int
+        self,
+        coordinator: Coordinator,
+        publications: Publications,
+        *,
+        keep_checkpoints: int,
+        keep_payloads: bool = False,
     ) -> None:
         self._coordinator = coordinator
         self._scheduler = coordinator.scheduler
         self._publications = publications
         self._keep_checkpoints = keep_checkpoints
+        self._keep_payloads = keep_payloads
 
     async def OpenLineage(  # noqa: N802
         self, request: pb.OpenLineageRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -139,7 +145,11 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
         async with refusals(context):
             version = PolicyVersion(request.epoch, request.step)
             self._scheduler.lineage.checkpointed(
-                version, request.path, request.digest, self._keep_checkpoints
+                version,
+                request.path,
+                request.digest,
+                keep=self._keep_checkpoints,
+                keep_payloads=self._keep_payloads,
             )
             await self._coordinator.commit()
             return pb.RecordCheckpointResponse()

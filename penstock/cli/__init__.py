@@ -34,6 +34,7 @@ _COMMANDS = {
     "eval": _Command("actors.evaluate:main", "measure a policy on an environment"),
     "export": _Command("learner.export:main", "write a checkpoint as a Hugging Face folder"),
     "ledger": _Command("penstock.cli.ledger:main", "inspect and verify a run's ledger"),
+    "replay": _Command("learner.replay:main", "train again from a run's ledger, and compare every version"),
     "top": _Command("penstock.cli.operations:top", "watch a run"),
     "status": _Command("penstock.cli.operations:status", "print a run's state"),
     "why": _Command("penstock.cli.operations:why", "say what a run is waiting for"),
