@@ -25,7 +25,7 @@ from actors.install import Installer
 from actors.rollout import Player, Progress
 from actors.session import Session, translate
 from actors.uplink import Uplink
-from penstock.codec import lease_from_wire, trajectory_to_wire, version_to_wire
+from penstock.codec import lease_from_wire, trajectory_item, version_to_wire
 from penstock.errors import EngineFault, EnvironmentFault, FaultKind, PeerLost, PenstockError
 from penstock.rpc import to_duration
 from penstock.signals import Stop
@@ -184,7 +184,7 @@ class Actor:
                 )
             session_id = f"{self._run_id}.{lease.group_id}.{lease.slot}"
             trajectory = await player.play(lease, session_id, progress)
-            item.trajectory.CopyFrom(trajectory_to_wire(trajectory))
+            item = trajectory_item(trajectory)
             self.counts["finished"] += 1
         except asyncio.CancelledError:
             if not (self._running[lease.lease_id].revoked or self._stop.is_set()):
@@ -197,7 +197,7 @@ class Actor:
         except EngineFault as fault:
             item.release.CopyFrom(self._release(lease, pb.RELEASE_REASON_INFRASTRUCTURE, f"engine: {fault}"))
         try:
-            if not await self.uplink.put(item):
+            if not await self.uplink.put(lease.lease_id, item):
                 self.counts["unsent"] += 1
                 _log.warning("lease %s ended after the uplink was closed: its item is lost", lease.lease_id)
         finally:

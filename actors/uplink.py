@@ -2,7 +2,8 @@
 
 The spool is bounded in bytes: a rollout that ends while it is full waits. Items are
 numbered 1, 2, 3, ... within a session; after a new session the unacknowledged ones are
-numbered afresh, and the trajectories' own ids make sending them again harmless.
+numbered afresh, and the trajectories' own ids make sending them again harmless. What
+arrived with other bytes than were sent is sent again, as a new item.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 import grpc
 
 from actors.session import Session, translate
+from penstock.codec import checksum
 from penstock.errors import PeerLost, PenstockError
 from penstock.history import History
 from penstock.v1 import coordinator_pb2 as pb
@@ -30,6 +33,13 @@ _ACK_SECONDS = 30.0
 _Call = grpc.aio.StreamStreamCall[pb.SubmitRequest, pb.SubmitResponse]
 
 
+@dataclass(frozen=True, slots=True)
+class _Spooled:
+    lease_id: str
+    item: pb.SubmitItem
+    num_bytes: int
+
+
 class Uplink:
     """A bounded spool, and the stream that empties it."""
 
@@ -40,7 +50,7 @@ class Uplink:
         self._history = history
         self._credits = granted
         self._max_bytes = max_bytes
-        self._items: deque[pb.SubmitItem] = deque()
+        self._items: deque[_Spooled] = deque()
         self._num_bytes = 0
         self._acknowledged = 0
         self._sent = 0
@@ -56,10 +66,10 @@ class Uplink:
 
     def held_leases(self) -> list[str]:
         """Leases whose items are not acknowledged yet."""
-        return [_lease_id(item) for item in self._items]
+        return [spooled.lease_id for spooled in self._items]
 
-    async def put(self, item: pb.SubmitItem) -> bool:
-        """Spools an item; False if the uplink was closed before there was room.
+    async def put(self, lease_id: str, item: pb.SubmitItem) -> bool:
+        """Spools the item that ends a lease; False if the uplink was closed before there was room.
 
         Waits while the spool is full. The session's patience bounds that wait, and `close` ends it.
         """
@@ -67,10 +77,13 @@ class Uplink:
             await self._changed.wait_for(lambda: self._num_bytes < self._max_bytes or self._closing)
             if self._closing:
                 return False
-            self._items.append(item)
-            self._num_bytes += item.ByteSize()
-            self._changed.notify_all()
+            self._append(_Spooled(lease_id, item, item.ByteSize()))
             return True
+
+    def _append(self, spooled: _Spooled) -> None:
+        self._items.append(spooled)
+        self._num_bytes += spooled.num_bytes
+        self._changed.notify_all()
 
     async def flush(self, seconds: float) -> bool:
         """Waits until everything is acknowledged; False if that took longer than `seconds`."""
@@ -164,25 +177,29 @@ class Uplink:
         """The next items, numbered; at least one, then as many as credits and sizes allow."""
         in_flight = self._sent - self._acknowledged
         room = self._credits.num_bytes - sum(
-            item.ByteSize() for item in itertools.islice(self._items, in_flight)
+            spooled.num_bytes for spooled in itertools.islice(self._items, in_flight)
         )
         last = min(len(self._items), self._credits.num_trajectories, in_flight + _ITEMS_PER_MESSAGE)
         taken: list[pb.SubmitItem] = []
         num_bytes = 0
-        for item in itertools.islice(self._items, in_flight, last):
-            num_bytes += item.ByteSize()
+        for spooled in itertools.islice(self._items, in_flight, last):
+            num_bytes += spooled.num_bytes
             if taken and num_bytes > min(room, _BYTES_PER_MESSAGE):
                 break
             self._sent += 1
-            item.sequence = self._sent
-            taken.append(item)
+            spooled.item.sequence = self._sent
+            taken.append(spooled.item)
         return taken
 
     async def _acknowledge(self, response: pb.SubmitResponse) -> None:
+        corrupt = {v.sequence for v in response.verdicts if v.code == pb.REJECTION_CODE_CORRUPT}
         async with self._changed:
             while self._acknowledged < response.acknowledged and self._items:
-                self._num_bytes -= self._items.popleft().ByteSize()
+                spooled = self._items.popleft()
+                self._num_bytes -= spooled.num_bytes
                 self._acknowledged += 1
+                if self._acknowledged in corrupt and _is_whole(spooled.item):
+                    self._append(spooled)
             self._credits = response.credits
             self._changed.notify_all()
         for verdict in response.verdicts:
@@ -193,5 +210,6 @@ class Uplink:
                 _log.warning("the learner rejected an item: %s: %s", code, verdict.message)
 
 
-def _lease_id(item: pb.SubmitItem) -> str:
-    return item.trajectory.lease_id if item.HasField("trajectory") else item.release.lease_id
+def _is_whole(item: pb.SubmitItem) -> bool:
+    """Whether the bytes here are still those that the checksum was made of: then the way changed them."""
+    return checksum(item.trajectory) == item.checksum

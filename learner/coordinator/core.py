@@ -72,10 +72,14 @@ class Coordinator:
         Records go to the ledger's queue before the first await, so their order is that of
         the decisions. Raises LedgerError.
         """
+        await self.begin_commit()
+        self.changed.fire()
+
+    def begin_commit(self) -> asyncio.Future[None]:
+        """Hands all that was decided so far to the ledger. Done once it is on disk: then fire `changed`."""
         for revocation in self.scheduler.take_revocations():
             self._revocations[revocation.session_id].append(revocation)
-        await self.ledger.write(self.scheduler.take_records())
-        self.changed.fire()
+        return self.ledger.begin_write(self.scheduler.take_records())
 
     def take_revocations(self, session_id: str) -> list[Revocation]:
         return self._revocations.pop(session_id, [])

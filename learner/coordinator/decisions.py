@@ -33,6 +33,10 @@ class Verdict:
         return self.state is None and self.code is None
 
 
+PENDING = Verdict(TrajectoryState.PENDING)
+DUPLICATE = Verdict(None)
+
+
 @dataclass(frozen=True, slots=True)
 class Revocation:
     session_id: str

@@ -89,12 +89,12 @@ class Group:
 
     @property
     def observation_digest(self) -> str | None:
-        return next((member.observation_digest for member in self.members), None)
+        return next((s.filled.observation_digest for s in self.slots if s.filled is not None), None)
 
     def free_slot(self) -> int | None:
         return next((number for number, slot in enumerate(self.slots) if slot.is_free), None)
 
     def holds(self, trajectory_id: str) -> bool:
         return trajectory_id in self.extra_ids or any(
-            member.trajectory_id == trajectory_id for member in self.members
+            slot.filled is not None and slot.filled.trajectory_id == trajectory_id for slot in self.slots
         )

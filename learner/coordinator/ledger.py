@@ -23,6 +23,7 @@ import apsw
 from learner.coordinator import database, tables
 from learner.coordinator.groups import Filled, Group, LeaseOutcome, Slot
 from learner.coordinator.records import Record, TrajectoryState
+from penstock.codec import checksum
 from penstock.errors import LedgerError
 from penstock.trajectory import PolicyVersion, Task
 
@@ -116,6 +117,10 @@ class Ledger:
 
     async def write(self, records: Sequence[Record]) -> None:
         """Returns once the records, and all written before them, are on disk. Raises LedgerError."""
+        await self.begin_write(records)
+
+    def begin_write(self, records: Sequence[Record]) -> asyncio.Future[None]:
+        """`write`, without waiting: the future is done once the records are on disk."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
 
@@ -123,7 +128,7 @@ class Ledger:
             loop.call_soon_threadsafe(_settle, future, error)
 
         self._queue.put(_Write(tuple(records), done))
-        await future
+        return future
 
     def write_blocking(self, records: Sequence[Record], *, timeout_seconds: float = 60.0) -> None:
         """`write` for callers without an event loop."""
@@ -206,10 +211,18 @@ class Ledger:
         """The trajectories as they were sent, in the order asked for. Raises LedgerError."""
         payloads = []
         for trajectory_id in trajectory_ids:
-            rows = self._rows("SELECT payload FROM payloads WHERE trajectory_id = ?", (trajectory_id,))
+            rows = self._rows(
+                "SELECT payload, checksum FROM payloads WHERE trajectory_id = ?", (trajectory_id,)
+            )
             if not rows:
                 raise LedgerError(f"trajectory {trajectory_id} is to be trained, but its payload is gone")
-            payloads.append(rows[0][0])
+            payload, stored = rows[0]
+            if tables.signed(checksum(payload)) != stored:
+                raise LedgerError(
+                    f"{self.path}: the payload of trajectory {trajectory_id} is not what was written: its checksum "
+                    "differs from its actor's. It was changed on the disk, and must not be trained on"
+                )
+            payloads.append(payload)
         return payloads
 
     def has_trajectory(self, trajectory_id: str) -> bool:

@@ -63,7 +63,8 @@ CREATE INDEX trajectories_by_state ON trajectories (state);
 
 CREATE TABLE payloads (
     trajectory_id TEXT PRIMARY KEY,
-    payload BLOB NOT NULL
+    payload BLOB NOT NULL,
+    checksum INTEGER NOT NULL                  -- XXH3 of the payload, as signed 64 bits
 );
 
 CREATE TABLE lineages (

@@ -21,7 +21,14 @@ from learner.config import FleetConfig, ScheduleConfig
 from learner.coordinator import validation
 from learner.coordinator.admission import Admission
 from learner.coordinator.board import Board
-from learner.coordinator.decisions import EnvironmentFaults, History, Revocation, Verdict
+from learner.coordinator.decisions import (
+    DUPLICATE,
+    PENDING,
+    EnvironmentFaults,
+    History,
+    Revocation,
+    Verdict,
+)
 from learner.coordinator.fleet import ActorInfo, Fleet, ReportedStats, Session
 from learner.coordinator.groups import Filled, Group, LeaseOutcome, Slot
 from learner.coordinator.journal import Journal
@@ -38,11 +45,11 @@ from learner.coordinator.records import (
     TrajectoryState,
     TrajectoryStored,
 )
+from learner.coordinator.submissions import Submission
 from learner.coordinator.tasks import TaskOrder, derive_seed
 from learner.coordinator.validation import Limits, Rejected, RejectionCode
 from penstock.errors import FaultKind, ProtocolError
-from penstock.trajectory import Lease, PolicyVersion, Sampling, Trajectory
-from penstock.v1 import trajectory_pb2
+from penstock.trajectory import Lease, PolicyVersion, Sampling
 
 _TICK_GAP_SECONDS = 2.0
 
@@ -63,12 +70,12 @@ class Scheduler:
     ) -> None:
         self.schedule = schedule
         self.fleet = Fleet(fleet)
+        self.limits = limits
         self.paused = False
         self.faults: dict[str, EnvironmentFaults] = {}
         self._config = fleet
         self._sampling = sampling
         self._tasks = tasks
-        self._limits = limits
         self._history = history
         self._journal = Journal(wall_clock)
         self._admission = Admission(schedule)
@@ -310,22 +317,26 @@ class Scheduler:
     # -- submissions ----------------------------------------------------------------------
 
     def submit(
-        self, session_id: str, sequence: int, message: trajectory_pb2.Trajectory, now: float
+        self, session_id: str, sequence: int, submission: Submission | Rejected, now: float
     ) -> Verdict:
         """Decides on one trajectory. Raises SessionFenced, PeerLost, ProtocolError (a gap)."""
         session = self.fleet.require(session_id, now)
         if not self._advance(session, sequence):
             self._journal.record(ItemsRefused(duplicates=1))
-            return Verdict(None)
+            return DUPLICATE
+        if isinstance(submission, Rejected):
+            return self._refuse(session, submission, submission.lease_id)
         try:
-            return self._decide(session, sequence, message)
+            return self._decide(session, sequence, submission)
         except Rejected as rejected:
-            self._journal.record(ItemsRefused(rejected=(rejected.code,)))
-            self._journal.event(
-                "rejected",
-                f"{session.info.actor_id}, lease {message.lease_id[:40]}: {rejected.code}: {rejected}",
-            )
-            return Verdict(None, rejected.code, str(rejected))
+            return self._refuse(session, rejected, submission.lease_id)
+
+    def _refuse(self, session: Session, rejected: Rejected, lease_id: str) -> Verdict:
+        self._journal.record(ItemsRefused(rejected=(rejected.code,)))
+        self._journal.event(
+            "rejected", f"{session.info.actor_id}, lease {lease_id[:40]}: {rejected.code}: {rejected}"
+        )
+        return Verdict(None, rejected.code, str(rejected))
 
     def reject(
         self, session_id: str, sequence: int, code: RejectionCode, message: str, now: float
@@ -361,98 +372,95 @@ class Scheduler:
         self._journal.record(SequenceAdvanced(session_id=session.session_id, sequence=sequence))
         return True
 
-    def _decide(self, session: Session, sequence: int, message: trajectory_pb2.Trajectory) -> Verdict:
-        trajectory = validation.decode(message)
-        group, slot_number = self._group_of(trajectory)
-        if group is None:
-            if self._history.has_trajectory(trajectory.trajectory_id):
-                self._journal.record(ItemsRefused(duplicates=1))
-                return Verdict(None)
-        elif group.holds(trajectory.trajectory_id):
+    def _decide(self, session: Session, sequence: int, submission: Submission) -> Verdict:
+        group, slot_number = self._group_of(submission.lease_id)
+        if self._is_known(group, submission.trajectory_id):
             self._journal.record(ItemsRefused(duplicates=1))
-            return Verdict(None)
-        validation.check(trajectory, self._limits, self.lineage.versions)
+            return DUPLICATE
+        if submission.flaw is not None:
+            raise submission.flaw
+        validation.check_versions(submission.versions, self.lineage.versions)
         if group is not None:
-            validation.check_task(trajectory, group.task, group.observation_digest)
-        state, reason = self._state_for(group, slot_number, trajectory)
-        self._store(session, sequence, message, trajectory, slot_number, state)
+            validation.check_task(submission.task, group.task)
+            validation.check_observation(submission.observation_digest, group.observation_digest)
+        verdict = self._verdict_on(group, slot_number, submission)
+        self._store(session, sequence, submission, slot_number, verdict)
         if group is not None:
-            self._settle(group, slot_number, trajectory, state)
-        return Verdict(state, message=reason)
+            self._settle(group, slot_number, submission, verdict)
+        return verdict
 
-    def _group_of(self, trajectory: Trajectory) -> tuple[Group | None, int]:
+    def _group_of(self, lease_id: str) -> tuple[Group | None, int]:
         """The group that a lease belongs to, if it is held here; its slot. Raises Rejected."""
-        parts = trajectory.lease_id.split(".")
+        live = self.leases.get(lease_id)
+        if live is not None and live.group_id in self.groups:
+            return self.groups[live.group_id], live.slot
+        parts = lease_id.split(".")
         if len(parts) == 3 and all(part.isascii() and part.isdigit() and len(part) < 16 for part in parts):
             group_id, slot, attempt = map(int, parts)
             group = self.board.find(group_id)
             if group is None:
-                if self._history.find_lease(trajectory.lease_id) is not None:
+                if self._history.find_lease(lease_id) is not None:
                     return None, slot
             elif slot < len(group.slots) and attempt < group.slots[slot].next_attempt:
                 return group, slot
-        raise Rejected(
-            RejectionCode.UNKNOWN_LEASE, f"lease {trajectory.lease_id[:40]!r} was never granted in this run"
-        )
+        raise Rejected(RejectionCode.UNKNOWN_LEASE, f"lease {lease_id[:40]!r} was never granted in this run")
 
-    def _state_for(
-        self, group: Group | None, slot_number: int, trajectory: Trajectory
-    ) -> tuple[TrajectoryState, str]:
+    def _is_known(self, group: Group | None, trajectory_id: str) -> bool:
+        if group is None:
+            return self._history.has_trajectory(trajectory_id)
+        return group.holds(trajectory_id)
+
+    def _verdict_on(self, group: Group | None, slot_number: int, submission: Submission) -> Verdict:
         if group is None or group.group_id not in self.groups or self.board.is_assigned(group):
-            return TrajectoryState.SURPLUS, "its group is trained or dropped"
+            return Verdict(TrajectoryState.SURPLUS, message="its group is trained or dropped")
         if group.slots[slot_number].filled is not None:
-            return TrajectoryState.SURPLUS, "its slot was filled by another"
-        if trajectory.oldest.epoch == self.epoch and trajectory.oldest.step < group.born.step:
-            return (
-                TrajectoryState.STALE,
-                f"version {trajectory.oldest} is older than the group's {group.born}",
+            return Verdict(TrajectoryState.SURPLUS, message="its slot was filled by another")
+        oldest = submission.oldest
+        if oldest.epoch == self.epoch and oldest.step < group.born.step:
+            return Verdict(
+                TrajectoryState.STALE, message=f"version {oldest} is older than the group's {group.born}"
             )
-        return TrajectoryState.PENDING, ""
+        return PENDING
 
     def _store(
-        self,
-        session: Session,
-        sequence: int,
-        message: trajectory_pb2.Trajectory,
-        trajectory: Trajectory,
-        slot_number: int,
-        state: TrajectoryState,
+        self, session: Session, sequence: int, submission: Submission, slot_number: int, verdict: Verdict
     ) -> None:
-        assert trajectory.reward.value is not None
+        assert verdict.state is not None
         self._journal.record(
             TrajectoryStored(
-                trajectory_id=trajectory.trajectory_id,
-                lease_id=trajectory.lease_id,
-                group_id=int(trajectory.lease_id.split(".")[0]),
+                trajectory_id=submission.trajectory_id,
+                lease_id=submission.lease_id,
+                group_id=int(submission.lease_id.partition(".")[0]),
                 slot=slot_number,
                 session_id=session.session_id,
                 sequence=sequence,
-                state=state,
-                environment=trajectory.task.environment,
-                oldest_step=trajectory.oldest.step,
-                num_sampled=trajectory.num_sampled,
-                mixed=trajectory.is_mixed,
-                reward=trajectory.reward.value,
-                observation_digest=trajectory.observation_digest,
-                payload=message.SerializeToString() if state is TrajectoryState.PENDING else None,
+                state=verdict.state,
+                environment=submission.task.environment,
+                oldest_step=submission.oldest.step,
+                num_sampled=submission.num_sampled,
+                mixed=submission.is_mixed,
+                reward=submission.reward,
+                observation_digest=submission.observation_digest,
+                payload=submission.payload if verdict.state is TrajectoryState.PENDING else None,
+                checksum=submission.checksum,
             )
         )
 
-    def _settle(self, group: Group, slot_number: int, trajectory: Trajectory, state: TrajectoryState) -> None:
+    def _settle(self, group: Group, slot_number: int, submission: Submission, verdict: Verdict) -> None:
         """Fills the slot, or frees it, and ends the leases that this makes needless."""
         slot = group.slots[slot_number]
-        if state is TrajectoryState.PENDING:
+        if verdict.state is TrajectoryState.PENDING:
             slot.given_up = False
             slot.filled = Filled(
-                trajectory_id=trajectory.trajectory_id,
-                oldest_step=trajectory.oldest.step,
-                num_sampled=trajectory.num_sampled,
-                mixed=trajectory.is_mixed,
-                observation_digest=trajectory.observation_digest,
+                trajectory_id=submission.trajectory_id,
+                oldest_step=submission.oldest.step,
+                num_sampled=submission.num_sampled,
+                mixed=submission.is_mixed,
+                observation_digest=submission.observation_digest,
             )
         else:
-            group.extra_ids.add(trajectory.trajectory_id)
-        own = self.leases.get(trajectory.lease_id)
+            group.extra_ids.add(submission.trajectory_id)
+        own = self.leases.get(submission.lease_id)
         if own is not None:
             self.board.end_lease(own, LeaseOutcome.FILLED)
         other = self.leases.get(slot.lease_id) if slot.filled is not None and slot.lease_id else None

@@ -1,9 +1,16 @@
-"""How each record changes the ledger's tables: one function a record."""
+"""How records change the ledger's tables: one function a kind of record.
+
+Records that only add, or that each change a row of their own, may be written in any order
+among themselves: those that stand next to each other are gathered by kind and written many
+rows to a statement. SQLite then works for long stretches, during which the event loop's
+thread has the interpreter for itself.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import apsw
@@ -29,13 +36,27 @@ from learner.coordinator.records import (
     VersionPublished,
 )
 
+_ROWS_A_STATEMENT = (64, 8, 1)
+
 
 def apply(db: apsw.Connection, records: Iterable[Record]) -> None:
     """Writes records, within the caller's transaction. Raises apsw.Error."""
     transaction = _Transaction(db)
+    gathered: defaultdict[type, list[Any]] = defaultdict(list)
     for record in records:
-        _WRITERS[type(record)](transaction, record)
+        kind = type(record)
+        if kind in _GATHERED:
+            gathered[kind].append(record)
+        else:
+            _write_gathered(transaction, gathered)
+            _SINGLY[kind](transaction, record)
+    _write_gathered(transaction, gathered)
     transaction.write_tallies()
+
+
+def signed(checksum: int) -> int:
+    """64 unsigned bits as SQLite keeps them."""
+    return checksum - (1 << 64) if checksum >> 63 else checksum
 
 
 def recount(db: apsw.Connection) -> None:
@@ -65,6 +86,15 @@ class _Transaction:
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> apsw.Cursor:
         return self._db.execute(sql, parameters)
 
+    def execute_many(self, sql: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Executes a statement, whose VALUES are written {}, over all rows."""
+        start = 0
+        for size in _ROWS_A_STATEMENT:
+            while len(rows) - start >= size:
+                values = ",".join(["(" + ",".join("?" * len(rows[0])) + ")"] * size)
+                self._db.execute(sql.format(values), tuple(chain.from_iterable(rows[start : start + size])))
+                start += size
+
     @property
     def num_changed(self) -> int:
         """Rows that the last statement changed."""
@@ -90,75 +120,77 @@ class _Transaction:
         self._lag = 0
 
 
-def _session_opened(db: _Transaction, r: SessionOpened) -> None:
-    db.execute(
-        "INSERT INTO sessions (session_id, actor_id, number) VALUES (?, ?, ?)",
-        (r.session_id, r.actor_id, r.number),
-    )
+def _write_gathered(db: _Transaction, gathered: defaultdict[type, list[Any]]) -> None:
+    for kind, write in _GATHERED.items():
+        if kind in gathered:
+            write(db, gathered.pop(kind))
 
 
-def _session_closed(db: _Transaction, r: SessionClosed) -> None:
-    db.execute("UPDATE sessions SET closed = ? WHERE session_id = ?", (r.reason, r.session_id))
+def _sessions_opened(db: _Transaction, records: Sequence[SessionOpened]) -> None:
+    rows = [(r.session_id, r.actor_id, r.number) for r in records]
+    db.execute_many("INSERT INTO sessions (session_id, actor_id, number) VALUES {}", rows)
 
 
-def _group_opened(db: _Transaction, r: GroupOpened) -> None:
-    task = r.task
-    db.execute(
+def _sessions_closed(db: _Transaction, records: Sequence[SessionClosed]) -> None:
+    for r in records:
+        db.execute("UPDATE sessions SET closed = ? WHERE session_id = ?", (r.reason, r.session_id))
+
+
+def _groups_opened(db: _Transaction, records: Sequence[GroupOpened]) -> None:
+    db.execute_many(
         "INSERT INTO groups (group_id, environment, split, task_index, seed, born_epoch, born_step, num_slots) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (r.group_id, task.environment, task.split, task.index, str(task.seed), *r.born, r.num_slots),
+        "VALUES {}",
+        [
+            (r.group_id, task.environment, task.split, task.index, str(task.seed), *r.born, r.num_slots)
+            for r in records
+            for task in (r.task,)
+        ],
     )
 
 
-def _lease_granted(db: _Transaction, r: LeaseGranted) -> None:
-    db.execute(
-        "INSERT INTO leases (lease_id, group_id, slot, attempt, session_id) VALUES (?, ?, ?, ?, ?)",
-        (r.lease_id, r.group_id, r.slot, r.attempt, r.session_id),
+def _leases_granted(db: _Transaction, records: Sequence[LeaseGranted]) -> None:
+    rows = [(r.lease_id, r.group_id, r.slot, r.attempt, r.session_id) for r in records]
+    db.execute_many("INSERT INTO leases (lease_id, group_id, slot, attempt, session_id) VALUES {}", rows)
+
+
+def _leases_ended(db: _Transaction, records: Sequence[LeaseEnded]) -> None:
+    db.execute_many(
+        "UPDATE leases SET outcome = ended.column2, message = ended.column3 FROM (VALUES {}) AS ended "
+        "WHERE lease_id = ended.column1",
+        records,
     )
 
 
-def _lease_ended(db: _Transaction, r: LeaseEnded) -> None:
-    db.execute(
-        "UPDATE leases SET outcome = ?, message = ? WHERE lease_id = ?", (r.outcome, r.message, r.lease_id)
-    )
-
-
-def _trajectory_stored(db: _Transaction, r: TrajectoryStored) -> None:
-    db.execute(
+def _trajectories_stored(db: _Transaction, records: Sequence[TrajectoryStored]) -> None:
+    db.execute_many(
         "INSERT INTO trajectories (trajectory_id, lease_id, group_id, slot, session_id, sequence, state, "
-        "environment, oldest_step, num_sampled, mixed, reward, observation_digest) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            r.trajectory_id,
-            r.lease_id,
-            r.group_id,
-            r.slot,
-            r.session_id,
-            r.sequence,
-            r.state,
-            r.environment,
-            r.oldest_step,
-            r.num_sampled,
-            r.mixed,
-            r.reward,
-            r.observation_digest,
-        ),
+        "environment, oldest_step, num_sampled, mixed, reward, observation_digest) VALUES {}",
+        [r[:13] for r in records],
     )
-    if r.payload is not None:
-        db.execute("INSERT INTO payloads VALUES (?, ?)", (r.trajectory_id, r.payload))
-    for tally in ("accepted", f"state:{r.state}", f"environment:{r.environment}"):
-        db.add(tally, 1)
+    payloads = [(r.trajectory_id, r.payload, signed(r.checksum)) for r in records if r.payload is not None]
+    db.execute_many("INSERT INTO payloads (trajectory_id, payload, checksum) VALUES {}", payloads)
+    db.add("accepted", len(records))
+    for state, count in Counter(r.state for r in records).items():
+        db.add(f"state:{state}", count)
+    for environment, count in Counter(r.environment for r in records).items():
+        db.add(f"environment:{environment}", count)
 
 
-def _items_refused(db: _Transaction, r: ItemsRefused) -> None:
-    if r.duplicates:
-        db.add("duplicate", r.duplicates)
-    for code, count in Counter(r.rejected).items():
+def _items_refused(db: _Transaction, records: Sequence[ItemsRefused]) -> None:
+    duplicates = sum(r.duplicates for r in records)
+    if duplicates:
+        db.add("duplicate", duplicates)
+    for code, count in Counter(code for r in records for code in r.rejected).items():
         db.add(f"rejected:{code}", count)
 
 
-def _sequence_advanced(db: _Transaction, r: SequenceAdvanced) -> None:
-    db.execute("UPDATE sessions SET acknowledged = ? WHERE session_id = ?", (r.sequence, r.session_id))
+def _sequences_advanced(db: _Transaction, records: Sequence[SequenceAdvanced]) -> None:
+    newest = {r.session_id: r for r in records}
+    db.execute_many(
+        "UPDATE sessions SET acknowledged = advanced.column2 FROM (VALUES {}) AS advanced "
+        "WHERE session_id = advanced.column1",
+        tuple(newest.values()),
+    )
 
 
 def _group_dropped(db: _Transaction, r: GroupDropped) -> None:
@@ -252,19 +284,25 @@ def _move(db: _Transaction, count: int, before: TrajectoryState, after: Trajecto
     db.add(f"state:{after}", count)
 
 
-def _event_logged(db: _Transaction, r: EventLogged) -> None:
-    db.execute("INSERT INTO events (time, kind, message) VALUES (?, ?, ?)", (r.time, r.kind, r.message))
+def _events_logged(db: _Transaction, records: Sequence[EventLogged]) -> None:
+    rows = [(r.time, r.kind, r.message) for r in records]
+    db.execute_many("INSERT INTO events (time, kind, message) VALUES {}", rows)
 
 
-_WRITERS: dict[type, Callable[[_Transaction, Any], None]] = {
-    SessionOpened: _session_opened,
-    SessionClosed: _session_closed,
-    GroupOpened: _group_opened,
-    LeaseGranted: _lease_granted,
-    LeaseEnded: _lease_ended,
-    TrajectoryStored: _trajectory_stored,
+_GATHERED: dict[type, Callable[[_Transaction, Any], None]] = {
+    SessionOpened: _sessions_opened,
+    GroupOpened: _groups_opened,
+    LeaseGranted: _leases_granted,
+    TrajectoryStored: _trajectories_stored,
+    LeaseEnded: _leases_ended,
+    SequenceAdvanced: _sequences_advanced,
+    SessionClosed: _sessions_closed,
     ItemsRefused: _items_refused,
-    SequenceAdvanced: _sequence_advanced,
+    EventLogged: _events_logged,
+}
+"""In the order in which they are written: a row is added before it is changed."""
+
+_SINGLY: dict[type, Callable[[_Transaction, Any], None]] = {
     GroupDropped: _group_dropped,
     VersionPublished: _version_published,
     BatchAssigned: _batch_assigned,
@@ -272,5 +310,5 @@ _WRITERS: dict[type, Callable[[_Transaction, Any], None]] = {
     LineageOpened: _lineage_opened,
     CheckpointWritten: _checkpoint_written,
     RunFinished: _run_finished,
-    EventLogged: _event_logged,
 }
+"""Records that change what others wrote, and so stay in their place among them."""

@@ -6,21 +6,12 @@ is stored. What comes too late or twice is well-formed; the scheduler decides on
 
 from __future__ import annotations
 
-import itertools
-import math
-import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-import numpy as np
-
-from penstock import codec
-from penstock.errors import PenstockError, ProtocolError
-from penstock.trajectory import PolicyVersion, RewardStatus, Task, Trajectory
-from penstock.v1 import trajectory_pb2
-
-_TRAJECTORY_ID = re.compile(r"[0-9a-f]{32}")
+from penstock.errors import PenstockError
+from penstock.trajectory import PolicyVersion, Task, VersionSpan
 
 
 class RejectionCode(StrEnum):
@@ -38,14 +29,17 @@ class RejectionCode(StrEnum):
     TOO_LONG = "too_long"
     OBSERVATION_DIFFERS = "observation_differs"
     EMPTY = "empty"
+    CORRUPT = "corrupt"
 
 
 class Rejected(PenstockError):
     """A trajectory that is not kept."""
 
-    def __init__(self, code: RejectionCode, message: str) -> None:
+    def __init__(self, code: RejectionCode, message: str, *, lease_id: str = "") -> None:
         super().__init__(message)
         self.code = code
+        self.lease_id = lease_id
+        """As the trajectory says, if it could be read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,100 +51,24 @@ class Limits:
     max_context: int
 
 
-def decode(message: trajectory_pb2.Trajectory) -> Trajectory:
-    """Decodes a trajectory. Raises Rejected."""
-    if not _TRAJECTORY_ID.fullmatch(message.trajectory_id):
-        raise Rejected(
-            RejectionCode.BAD_ID,
-            f"trajectory_id is {message.trajectory_id[:40]!r}; expected 32 hexadecimal digits",
-        )
-    num_tokens = len(message.loss_mask)
-    if num_tokens == 0 or {len(message.token_ids), len(message.logprobs)} != {4 * num_tokens}:
-        raise Rejected(
-            RejectionCode.BAD_LENGTHS,
-            f"{len(message.token_ids)}, {len(message.logprobs)} and {num_tokens} bytes of token_ids, logprobs "
-            "and loss_mask; expected 4, 4 and 1 a token, and at least one token",
-        )
-    try:
-        return codec.trajectory_from_wire(message)
-    except ProtocolError as error:
-        raise Rejected(RejectionCode.BAD_REWARD, str(error)) from error
-
-
-def check(trajectory: Trajectory, limits: Limits, published: Collection[PolicyVersion]) -> None:
-    """Checks everything that doesn't depend on the lease. Raises Rejected."""
-    _check_arrays(trajectory, limits)
-    _check_versions(trajectory, published)
-    _check_reward(trajectory)
-
-
-def check_task(trajectory: Trajectory, task: Task, observation_digest: str | None) -> None:
-    """Checks a trajectory against the group that it was leased for. Raises Rejected.
-
-    observation_digest: that of the group's other members; None if there are none yet.
-    """
-    if trajectory.task != task:
-        raise Rejected(RejectionCode.WRONG_TASK, f"task is {trajectory.task}; leased was {task}")
-    if observation_digest is not None and trajectory.observation_digest != observation_digest:
-        raise Rejected(
-            RejectionCode.OBSERVATION_DIFFERS,
-            f"the first observation's digest is {trajectory.observation_digest!r}; the group's other members "
-            f"have {observation_digest!r}: the environment does not give equal tasks equal observations",
-        )
-
-
-def _check_arrays(trajectory: Trajectory, limits: Limits) -> None:
-    mask_t = trajectory.loss_mask
-    num_tokens, num_sampled = len(mask_t), int(np.count_nonzero(mask_t))
-    if mask_t.max() > 1 or num_sampled == 0:
-        raise Rejected(RejectionCode.BAD_MASK, "loss_mask must hold 0 and 1 only, and at least one 1")
-    if mask_t[0] == 1:
-        raise Rejected(RejectionCode.BAD_MASK, "loss_mask marks the first token, which nothing precedes")
-    lowest, highest = int(trajectory.token_ids.min()), int(trajectory.token_ids.max())
-    if lowest < 0 or highest >= limits.vocab_size:
-        raise Rejected(
-            RejectionCode.TOKEN_OUT_OF_RANGE,
-            f"token ids run from {lowest} to {highest}; expected 0 to {limits.vocab_size - 1}",
-        )
-    if num_sampled > limits.max_sampled_tokens or num_tokens > limits.max_context:
-        raise Rejected(
-            RejectionCode.TOO_LONG,
-            f"{num_sampled} sampled of {num_tokens} tokens; at most {limits.max_sampled_tokens} of "
-            f"{limits.max_context} are allowed",
-        )
-    logprobs_t = trajectory.logprobs
-    if not np.isfinite(logprobs_t).all():
-        raise Rejected(RejectionCode.NON_FINITE_LOGPROB, "logprobs hold a NaN or an infinity")
-    if logprobs_t.max() > 0:
-        raise Rejected(
-            RejectionCode.POSITIVE_LOGPROB, f"logprobs reach {logprobs_t.max():.3g}; expected at most 0"
-        )
-
-
-def _check_versions(trajectory: Trajectory, published: Collection[PolicyVersion]) -> None:
-    spans = trajectory.versions
-    covered = sum(span.num_tokens for span in spans)
-    if covered != trajectory.num_sampled or any(span.num_tokens == 0 for span in spans):
-        raise Rejected(
-            RejectionCode.BAD_VERSIONS,
-            f"version spans cover {covered} tokens; expected each of the {trajectory.num_sampled} sampled, "
-            "and no empty span",
-        )
-    for span in spans:
+def check_versions(versions: Sequence[VersionSpan], published: Collection[PolicyVersion]) -> None:
+    """Checks that every version was published in this run. Raises Rejected."""
+    for span in versions:
         if span.version not in published:
             raise Rejected(RejectionCode.UNKNOWN_VERSION, f"version {span.version} was never published here")
-    if any(later.version <= earlier.version for earlier, later in itertools.pairwise(spans)):
-        names = ", ".join(str(span.version) for span in spans[:8])
-        raise Rejected(RejectionCode.BAD_VERSIONS, f"version spans run {names}; expected them to grow")
 
 
-def _check_reward(trajectory: Trajectory) -> None:
-    reward = trajectory.reward
-    if reward.status is not RewardStatus.VALID or reward.value is None or not math.isfinite(reward.value):
+def check_task(task: Task, leased: Task) -> None:
+    """Checks that a trajectory is of the task that it was leased for. Raises Rejected."""
+    if task is not leased and task != leased:
+        raise Rejected(RejectionCode.WRONG_TASK, f"task is {task}; leased was {leased}")
+
+
+def check_observation(digest: str, others: str | None) -> None:
+    """Checks the first observation's digest against the group's other members', if any. Raises Rejected."""
+    if others is not None and digest != others:
         raise Rejected(
-            RejectionCode.BAD_REWARD,
-            f"reward is {reward.value} with status {reward.status}; expected a finite value with status valid",
+            RejectionCode.OBSERVATION_DIFFERS,
+            f"the first observation's digest is {digest!r}; the group's other members "
+            f"have {others!r}: the environment does not give equal tasks equal observations",
         )
-    for name, value in trajectory.metrics.items():
-        if not math.isfinite(value):
-            raise Rejected(RejectionCode.BAD_REWARD, f"metric {name!r} is {value}; expected a finite number")

@@ -151,6 +151,10 @@ class _RejectionCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Rejecti
     """The first observation differs from that of the group's other members."""
     REJECTION_CODE_EMPTY: _RejectionCode.ValueType  # 14
     """The item holds neither a trajectory nor a release."""
+    REJECTION_CODE_CORRUPT: _RejectionCode.ValueType  # 15
+    """The trajectory's bytes are not those that its checksum was made of, or are no
+    Trajectory at all. The actor still has it, and may send it again.
+    """
 
 class RejectionCode(_RejectionCode, metaclass=_RejectionCodeEnumTypeWrapper): ...
 
@@ -179,6 +183,10 @@ REJECTION_CODE_OBSERVATION_DIFFERS: RejectionCode.ValueType  # 13
 """The first observation differs from that of the group's other members."""
 REJECTION_CODE_EMPTY: RejectionCode.ValueType  # 14
 """The item holds neither a trajectory nor a release."""
+REJECTION_CODE_CORRUPT: RejectionCode.ValueType  # 15
+"""The trajectory's bytes are not those that its checksum was made of, or are no
+Trajectory at all. The actor still has it, and may send it again.
+"""
 Global___RejectionCode: _TypeAlias = RejectionCode  # noqa: Y015
 
 @_typing.final
@@ -691,21 +699,27 @@ class SubmitItem(_message.Message):
     SEQUENCE_FIELD_NUMBER: _builtins.int
     TRAJECTORY_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    @_builtins.property
-    def trajectory(self) -> _trajectory_pb2.Trajectory: ...
+    trajectory: _builtins.bytes
+    """A serialised Trajectory. The learner keeps these bytes, and trains on them."""
+    checksum: _builtins.int
+    """XXH3 (64 bits) of `trajectory`, made where the trajectory was: a byte that changes
+    on the way, which TCP's sum of 16 bits may miss, is found before it is stored.
+    """
     @_builtins.property
     def release(self) -> Global___Release: ...
     def __init__(
         self,
         *,
         sequence: _builtins.int = ...,
-        trajectory: _trajectory_pb2.Trajectory | None = ...,
+        trajectory: _builtins.bytes = ...,
         release: Global___Release | None = ...,
+        checksum: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["item", b"item", "release", b"release", "trajectory", b"trajectory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["item", b"item", "release", b"release", "sequence", b"sequence", "trajectory", b"trajectory"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "item", b"item", "release", b"release", "sequence", b"sequence", "trajectory", b"trajectory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_item: _TypeAlias = _typing.Literal["trajectory", "release"]  # noqa: Y015
     _WhichOneofArgType_item: _TypeAlias = _typing.Literal["item", b"item"]  # noqa: Y015

@@ -12,7 +12,7 @@ import pytest
 
 from learner.config import RunConfig
 from penstock import PROTOCOL, config
-from penstock.codec import lease_from_wire, manifest_to_wire, trajectory_to_wire, version_to_wire
+from penstock.codec import checksum, lease_from_wire, manifest_to_wire, trajectory_item, version_to_wire
 from penstock.trajectory import PolicyVersion, Reward, VersionSpan
 from penstock.v1 import (
     coordinator_pb2,
@@ -92,7 +92,13 @@ def poison(leases):  # type: ignore[no-untyped-def]
         ("BAD_ID", {"trajectory_id": "short"}),
     ]
     for code, change in changes:
-        yield code, trajectory_to_wire(make_trajectory(leases[0], VERSION, **change))
+        yield code, trajectory_item(make_trajectory(leases[0], VERSION, **change))
+    flipped = trajectory_item(make_trajectory(leases[0], VERSION))
+    payload = bytearray(flipped.trajectory)
+    payload[len(payload) // 2] ^= 1
+    flipped.trajectory = bytes(payload)
+    yield "CORRUPT", flipped
+    yield "CORRUPT", coordinator_pb2.SubmitItem(trajectory=b"\xff", checksum=checksum(b"\xff"))
 
 
 def test_poison_is_rejected_with_a_code_and_the_good_beside_it_is_kept(address: str):
@@ -116,15 +122,11 @@ def test_poison_is_rejected_with_a_code_and_the_good_beside_it_is_kept(address: 
             items.append(bad)
             expected.append((coordinator_pb2.VERDICT_KIND_REJECTED, f"REJECTION_CODE_{code}"))
             if len(items) < 2 * len(leases):
-                items.append(trajectory_to_wire(make_trajectory(leases[len(items) // 2], VERSION)))
+                items.append(trajectory_item(make_trajectory(leases[len(items) // 2], VERSION)))
                 expected.append((coordinator_pb2.VERDICT_KIND_ACCEPTED, "REJECTION_CODE_UNSPECIFIED"))
-        submit = coordinator_pb2.SubmitRequest(
-            session_id=joined.session_id,
-            items=[
-                coordinator_pb2.SubmitItem(sequence=n, trajectory=item)
-                for n, item in enumerate(items, start=1)
-            ],
-        )
+        for number, item in enumerate(items, start=1):
+            item.sequence = number
+        submit = coordinator_pb2.SubmitRequest(session_id=joined.session_id, items=items)
         (answer,) = list(actor.Submit(iter([submit]), timeout=30))
         assert answer.acknowledged == len(items)
         got = [(v.kind, coordinator_pb2.RejectionCode.Name(v.code)) for v in answer.verdicts]

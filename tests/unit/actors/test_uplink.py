@@ -12,6 +12,7 @@ import pytest
 from actors.session import Identity, Session
 from actors.uplink import Uplink
 from penstock import PROTOCOL, rpc
+from penstock.codec import checksum
 from penstock.errors import SessionFenced
 from penstock.signals import Stop
 from penstock.v1 import coordinator_pb2 as pb
@@ -28,6 +29,8 @@ class Learner(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self.stored: dict[str, list[str]] = {}
         self.breaks_after: list[int] = []
         self.abort_with: grpc.StatusCode | None = None
+        self.corrupt: set[int] = set()
+        self.payloads: list[bytes] = []
         self.received = asyncio.Event()
         self.holding = asyncio.Event()
         self.holding.set()
@@ -48,11 +51,22 @@ class Learner(coordinator_pb2_grpc.CoordinatorServiceServicer):
             for item in request.items:
                 if item.sequence == len(stored) + 1:
                     stored.append(item.release.lease_id)
+                    if item.trajectory:
+                        self.payloads.append(item.trajectory)
             self.received.set()
             if limit is not None and len(stored) >= limit:
                 return  # stored, but never acknowledged
             await self.holding.wait()
-            yield pb.SubmitResponse(acknowledged=len(stored), credits=CREDITS)
+            verdicts = [
+                pb.Verdict(
+                    sequence=item.sequence,
+                    kind=pb.VERDICT_KIND_REJECTED,
+                    code=pb.REJECTION_CODE_CORRUPT,
+                )
+                for item in request.items
+                if item.sequence in self.corrupt
+            ]
+            yield pb.SubmitResponse(acknowledged=len(stored), verdicts=verdicts, credits=CREDITS)
 
 
 @contextlib.asynccontextmanager
@@ -76,14 +90,14 @@ async def running(learner: Learner, *, max_bytes: int = 1 << 20) -> AsyncIterato
         await server.stop(0)
 
 
-def item(name: str) -> pb.SubmitItem:
-    return pb.SubmitItem(release=pb.Release(lease_id=name, reason=pb.RELEASE_REASON_DRAINING))
+def item(name: str) -> tuple[str, pb.SubmitItem]:
+    return name, pb.SubmitItem(release=pb.Release(lease_id=name, reason=pb.RELEASE_REASON_DRAINING))
 
 
 async def send(uplink: Uplink, names: list[str]) -> None:
     task = asyncio.create_task(uplink.run())
     for name in names:
-        await uplink.put(item(name))
+        await uplink.put(*item(name))
     assert await uplink.flush(20.0)
     await uplink.close()
     await task
@@ -121,7 +135,7 @@ async def test_no_more_is_in_flight_than_the_credits_allow():
     async with running(learner) as uplink:
         task = asyncio.create_task(uplink.run())
         for n in range(10):
-            await uplink.put(item(str(n)))
+            await uplink.put(*item(str(n)))
         await learner.received.wait()
         await asyncio.sleep(0.1)  # time enough to send too much
         assert len(learner.stored["s0"]) <= CREDITS.num_trajectories
@@ -134,17 +148,17 @@ async def test_no_more_is_in_flight_than_the_credits_allow():
 
 async def test_a_full_spool_holds_back_who_fills_it():
     async with running(Learner(), max_bytes=1) as uplink:
-        await uplink.put(item("1"))
+        await uplink.put(*item("1"))
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
-                await uplink.put(item("2"))
+                await uplink.put(*item("2"))
         assert uplink.held_leases() == ["1"]
 
 
 async def test_who_waits_for_room_is_turned_away_when_the_uplink_closes():
     async with running(Learner(), max_bytes=1) as uplink:
-        assert await uplink.put(item("1"))
-        waiting = asyncio.create_task(uplink.put(item("2")))
+        assert await uplink.put(*item("1"))
+        waiting = asyncio.create_task(uplink.put(*item("2")))
         await asyncio.sleep(0)
         await uplink.close()
         async with asyncio.timeout(20.0):
@@ -152,10 +166,28 @@ async def test_who_waits_for_room_is_turned_away_when_the_uplink_closes():
         assert uplink.held_leases() == ["1"]
 
 
+async def test_what_changed_on_the_way_is_sent_again_but_not_what_changed_here():
+    learner = Learner()
+    learner.corrupt = {1, 2}
+    payload = b"a trajectory"
+    whole = pb.SubmitItem(trajectory=payload, checksum=checksum(payload))
+    spoiled = pb.SubmitItem(trajectory=b"A trajectory", checksum=checksum(payload))
+    async with running(learner) as uplink:
+        task = asyncio.create_task(uplink.run())
+        await uplink.put("1", whole)
+        await uplink.put("2", spoiled)
+        await uplink.put(*item("3"))
+        assert await uplink.flush(20.0)
+        await uplink.close()
+        await task
+    assert learner.payloads == [payload, b"A trajectory", payload]
+    assert uplink.verdicts["rejected"] == 2
+
+
 async def test_a_fenced_session_ends_the_uplink():
     learner = Learner()
     learner.abort_with = grpc.StatusCode.ABORTED
     async with running(learner) as uplink:
-        await uplink.put(item("1"))
+        await uplink.put(*item("1"))
         with pytest.raises(SessionFenced, match="as told"):
             await uplink.run()

@@ -7,13 +7,15 @@ import itertools
 import numpy as np
 
 from learner.config import FleetConfig, ScheduleConfig
+from learner.coordinator import submissions
 from learner.coordinator.decisions import History
 from learner.coordinator.fleet import ActorInfo
 from learner.coordinator.ledger import Recovered
 from learner.coordinator.scheduler import Scheduler
+from learner.coordinator.submissions import Sent, Submission
 from learner.coordinator.tasks import TaskOrder, TaskSource
-from learner.coordinator.validation import Limits
-from penstock.codec import trajectory_to_wire
+from learner.coordinator.validation import Limits, Rejected
+from penstock.codec import checksum, trajectory_to_wire
 from penstock.trajectory import (
     FinishReason,
     Lease,
@@ -124,6 +126,13 @@ def make_message(lease: Lease, version: PolicyVersion, **changes: object) -> tra
     return trajectory_to_wire(make_trajectory(lease, version, **changes))
 
 
+def read(message: trajectory_pb2.Trajectory) -> Submission | Rejected:
+    """The message as an actor sends it, and as the coordinator reads it."""
+    payload = message.SerializeToString()
+    (submission,) = submissions.read([Sent(payload, checksum(payload))], LIMITS)
+    return submission
+
+
 class Submitter:
     """Numbers a session's items."""
 
@@ -134,7 +143,7 @@ class Submitter:
 
     def __call__(self, message: trajectory_pb2.Trajectory, *, now: float = 0.0):  # type: ignore[no-untyped-def]
         self.sequence += 1
-        return self.scheduler.submit(self.session_id, self.sequence, message, now)
+        return self.scheduler.submit(self.session_id, self.sequence, read(message), now)
 
     def release(self, lease: Lease, outcome, message: str = "", *, now: float = 0.0) -> None:  # type: ignore[no-untyped-def]
         self.sequence += 1

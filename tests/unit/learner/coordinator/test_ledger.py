@@ -16,10 +16,13 @@ from learner.coordinator.records import (
     LeaseGranted,
     LineageOpened,
     Record,
+    SequenceAdvanced,
+    SessionOpened,
     TrajectoryState,
     TrajectoryStored,
     VersionPublished,
 )
+from penstock.codec import checksum
 from penstock.errors import ConfigError, LedgerError
 from penstock.trajectory import PolicyVersion, Task
 
@@ -54,6 +57,7 @@ def stored(
         "reward": 1.0,
         "observation_digest": "d",
         "payload": b"tokens" if state is TrajectoryState.PENDING else None,
+        "checksum": checksum(b"tokens"),
     }
     return TrajectoryStored(**(fields | changes))  # type: ignore[arg-type]
 
@@ -198,6 +202,53 @@ def test_events_are_read_after_a_cursor(path: Path):
     ledger.write_blocking([EventLogged(kind="k", message=str(n), time=float(n)) for n in range(3)])
     assert [message for _, _, _, message in ledger.events_after(1)] == ["1", "2"]
     ledger.close()
+
+
+def test_a_payload_that_the_disk_changed_is_not_handed_out(path: Path):
+    ledger = Ledger(path)
+    ledger.write_blocking([*group(0), stored(0, 0), stored(0, 1)])
+    bad_disk = apsw.Connection(str(path))
+    bad_disk.execute("UPDATE payloads SET payload = ? WHERE trajectory_id = ?", (b"tokenz", stored(0, 1)[0]))
+    assert ledger.payloads([stored(0, 0).trajectory_id]) == [b"tokens"]
+    with pytest.raises(LedgerError, match="must not be trained on"):
+        ledger.payloads([stored(0, 1).trajectory_id])
+    ledger.close()
+
+
+def test_records_written_together_leave_what_they_leave_one_by_one(tmp_path: Path):
+    """Also over the 64 rows that one statement takes, and around a record that keeps its place."""
+    granted = [
+        LeaseGranted(lease_id=f"{g}.{s}.0", group_id=g, slot=s, attempt=0, session_id="s")
+        for g in range(3)
+        for s in range(50)
+    ]
+    records = [
+        SessionOpened(session_id="s", actor_id="a", number=1),
+        *(record for g in range(3) for record in group(g, 50)),
+        *granted,
+    ]
+    for number, lease in enumerate(granted, start=1):
+        records += [
+            SequenceAdvanced("s", number),
+            stored(lease.group_id, lease.slot, lease_id=lease.lease_id),
+            LeaseEnded(lease.lease_id, LeaseOutcome.FILLED),
+            ItemsRefused(duplicates=1, rejected=("empty",)),
+            EventLogged(kind="rejected", message=str(number), time=float(number)),
+        ]
+        if number == 120:
+            records.append(GroupDropped(group_id=1, state=TrajectoryState.STALE, reason="late"))
+    dumps = []
+    for name, pieces in {"together": [records], "singly": [[record] for record in records]}.items():
+        ledger = Ledger(tmp_path / name / "ledger.sqlite")
+        for piece in pieces:
+            ledger.write_blocking(piece)
+        tables = ("sessions", "groups", "leases", "trajectories", "payloads", "tallies", "events")
+        db = apsw.Connection(str(ledger.path), flags=apsw.SQLITE_OPEN_READONLY)
+        dumps.append({table: db.execute(f"SELECT * FROM {table}").fetchall() for table in tables})
+        ledger.close()
+    assert dumps[0] == dumps[1]
+    assert ("s", "a", 1, 150, None) in dumps[0]["sessions"]
+    assert len(dumps[0]["payloads"]) == 100  # those of the dropped group are gone
 
 
 async def test_nothing_is_acknowledged_after_a_failed_commit(path: Path):

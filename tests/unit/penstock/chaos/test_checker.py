@@ -24,6 +24,7 @@ from penstock.errors import PenstockError
 from penstock.history import History, read_history
 from penstock.trajectory import PolicyVersion
 from penstock.v1 import coordinator_pb2 as pb
+from penstock.v1.trajectory_pb2 import Trajectory
 
 
 def row(name: str, *, group: int = 0, slot: int = 0, state: str = "trained", step: int | None = 0) -> Row:
@@ -228,8 +229,7 @@ def test_a_new_lineage_makes_void_what_was_trained_after_its_checkpoint() -> Non
 def test_a_history_is_read_as_it_was_written_but_for_a_torn_last_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     history = History(path)
-    trajectory = pb.SubmitItem(sequence=1)
-    trajectory.trajectory.trajectory_id = "a"
+    trajectory = pb.SubmitItem(sequence=1, trajectory=Trajectory(trajectory_id="a").SerializeToString())
     release = pb.SubmitItem(sequence=2, release=pb.Release(lease_id="0.0.0"))
     history.invoke("s", [trajectory, release])
     verdict = pb.Verdict(sequence=1, kind=pb.VERDICT_KIND_REJECTED, code=pb.REJECTION_CODE_BAD_MASK)
