@@ -183,6 +183,8 @@ class Actor:
                     f"the learner named no address for environment {lease.task.environment!r}"
                 )
             session_id = f"{self._run_id}.{lease.group_id}.{lease.slot}"
+            if lease.rival:
+                session_id += f".{lease.attempt}"
             trajectory = await player.play(lease, session_id, progress)
             item = trajectory_item(trajectory)
             self.counts["finished"] += 1

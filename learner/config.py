@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from learner.training.config import TrainingConfig
 from penstock.errors import ConfigError
 from penstock.trajectory import InstallMode, Sampling
+
+LateGroup = Literal["repair", "partial", "drop"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +60,16 @@ class FleetConfig:
     """A session without a heartbeat for this long is dead; its leases are granted again."""
     progress_timeout_seconds: float = 60.0
     """A lease without a new token or turn for this long is granted again."""
+    straggler_factor: float = 4.0
+    """A rollout that takes this many times the usual seconds a token is leased a second time,
+    to another actor, and the first result wins. Half of it is enough while the learner waits
+    for nothing else. 0 turns it off."""
+    group_deadline_seconds: float = 600.0
+    """A group that is this old and still keeps the learner waiting is late."""
+    late_group: LateGroup = "repair"
+    """What becomes of a late group. repair: its missing slots are leased again elsewhere, and the
+    first results win; partial: it is trained with what it has, if that is two or more, else
+    repaired; drop: it is dropped and counted."""
     infrastructure_budget: int = 5
     """Infrastructure faults after which a slot is given up."""
     data_budget: int = 2
@@ -75,7 +88,17 @@ class FleetConfig:
                 f"fleet.heartbeat_seconds {self.heartbeat_seconds}, suspect_seconds {self.suspect_seconds} and "
                 f"dead_seconds {self.dead_seconds} must grow, from above 0"
             )
-        for name in ("progress_timeout_seconds", "reset_timeout_seconds", "step_timeout_seconds"):
+        if self.straggler_factor != 0 and self.straggler_factor < 2:
+            raise ConfigError(
+                f"fleet.straggler_factor is {self.straggler_factor}; expected 2 or more, or 0 for no rivals: "
+                "below 2, rollouts at the usual pace would be raced"
+            )
+        for name in (
+            "progress_timeout_seconds",
+            "reset_timeout_seconds",
+            "step_timeout_seconds",
+            "group_deadline_seconds",
+        ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"fleet.{name} is {getattr(self, name)}; expected more than 0")
         for name in ("infrastructure_budget", "data_budget", "credit_trajectories", "credit_bytes"):

@@ -135,6 +135,7 @@ def lease_to_wire(lease: Lease) -> coordinator_pb2.Lease:
         task=task_to_wire(lease.task),
         sampling=sampling_to_wire(lease.sampling),
         progress_timeout=to_duration(lease.progress_timeout_seconds),
+        rival=lease.rival,
     )
 
 
@@ -147,6 +148,7 @@ def lease_from_wire(message: coordinator_pb2.Lease) -> Lease:
         task=task_from_wire(message.task),
         sampling=sampling_from_wire(message.sampling),
         progress_timeout_seconds=to_seconds(message.progress_timeout),
+        rival=message.rival,
     )
 
 

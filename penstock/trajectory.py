@@ -126,6 +126,9 @@ class Lease:
     task: Task
     sampling: Sampling
     progress_timeout_seconds: float
+    rival: bool = False
+    """Another lease of the slot is still played elsewhere, and the first result wins: this
+    one needs an environment session of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

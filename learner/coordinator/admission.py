@@ -33,9 +33,9 @@ class Admission:
         """The last version on which a group born at `born` may be trained."""
         return born + self.schedule.max_lag
 
-    def in_turn(self, version: int, turn: int) -> int:
-        """The version on which the group of that turn (0 is next) is trained if all before it are."""
-        return version + turn // self.schedule.groups_per_step
+    def born_in_turn(self, version: int, turn: int) -> int:
+        """When to be born to be due on the step that takes the turn (0 is next), if each before it is taken."""
+        return version + turn // self.schedule.groups_per_step - self.schedule.max_lag
 
     def refusal(self, *, version: int, born: int, num_open: int) -> str | None:
         """Why no new group may be opened now; None if one may.

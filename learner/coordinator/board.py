@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from learner.config import FleetConfig
 from learner.coordinator.admission import Admission
 from learner.coordinator.decisions import Batch, Revocation
-from learner.coordinator.groups import Group, LeaseOutcome
+from learner.coordinator.groups import Group, LeaseOutcome, Slot
 from learner.coordinator.journal import Journal
 from learner.coordinator.leases import LeaseTable, LiveLease
 from learner.coordinator.records import GroupDropped, LeaseEnded, TrajectoryState
@@ -61,22 +61,28 @@ class Board:
     def hold(self, groups: Sequence[Group]) -> None:
         """Takes groups from the ledger."""
         for group in groups:
+            group.due = self._admission.due(group.born.step)
             self._recent.pop(group.group_id, None)
             self.open(group)
         self.groups = dict(sorted(self.groups.items()))
 
-    def set_dues(self, first: PolicyVersion | None, step: int) -> None:
-        """Settles by when each group is to be trained, after groups came from the ledger.
+    def bear_again(self, first: PolicyVersion) -> tuple[tuple[int, PolicyVersion], ...]:
+        """Groups born at or after the version that a lineage starts from are born again under it.
 
-        first: the version that the lineage started from. Groups of a void lineage were born
-        again there, and may be more than max_lag allows: they are due in turn, from `step`
-        on, so that each has its step as it had before.
+        They may be more than max_lag allows at once, so they take turns: each is due when those
+        before it can be trained, as it was before, and is born max_lag steps ahead of that.
+        Until its birth no free slot of it is leased, so that nothing in it can become too old.
+        Returns (group_id, born) of each.
         """
         ordered = sorted(self.groups.values(), key=lambda group: (group.born.step, group.group_id))
+        reborn = []
         for turn, group in enumerate(ordered):
-            group.due = self._admission.due(group.born.step)
-            if group.born == first:
-                group.due = max(group.due, self._admission.in_turn(step, turn))
+            if group.born.step >= first.step:
+                step = max(first.step, self._admission.born_in_turn(first.step, turn))
+                group.born = PolicyVersion(first.epoch, step)
+                group.due = self._admission.due(step)
+                reborn.append((group.group_id, group.born))
+        return tuple(reborn)
 
     def end_lease(
         self, lease: LiveLease, outcome: LeaseOutcome, *, message: str = "", revoke: str = ""
@@ -89,8 +95,8 @@ class Board:
         if group is None:
             return
         slot = group.slots[lease.slot]
-        if slot.lease_id == lease.lease_id:
-            slot.lease_id = None
+        if lease.lease_id in slot.lease_ids:
+            slot.lease_ids.remove(lease.lease_id)
             self._maybe_free.add(group.group_id)
         slot.faults[outcome] += 1
         slot.given_up = slot.filled is None and (
@@ -98,6 +104,12 @@ class Board:
             or slot.faults[LeaseOutcome.DATA] >= self._fleet.data_budget
         )
         self.give_up_if_hopeless(group)
+
+    def revoke_leases(self, slot: Slot, reason: str) -> None:
+        for lease_id in tuple(slot.lease_ids):
+            lease = self.leases.get(lease_id)
+            if lease is not None:
+                self.end_lease(lease, LeaseOutcome.REVOKED, revoke=reason)
 
     def give_up_if_hopeless(self, group: Group) -> None:
         if group.group_id not in self.groups or self.is_assigned(group):
@@ -121,9 +133,7 @@ class Board:
         while len(self._recent) > _RECENT_GROUPS:
             del self._recent[next(iter(self._recent))]
         for slot in group.slots:
-            lease = self.leases.get(slot.lease_id) if slot.lease_id else None
-            if lease is not None:
-                self.end_lease(lease, LeaseOutcome.REVOKED, revoke="its group is trained or dropped")
+            self.revoke_leases(slot, "its group is trained or dropped")
 
     def take_revocations(self) -> list[Revocation]:
         """What actors must be told."""

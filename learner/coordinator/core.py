@@ -12,6 +12,9 @@ from learner.coordinator.explain import TrainerWait, why
 from learner.coordinator.ledger import Ledger, Totals
 from learner.coordinator.scheduler import Scheduler
 from penstock.signals import Stop
+from penstock.tasks import unless_stopped
+
+TICK_SECONDS = 1.0
 
 
 class Pulse:
@@ -60,6 +63,7 @@ class Coordinator:
         self.clock = clock
         self.started_at = clock()
         self.changed = Pulse()
+        self._ticked = asyncio.Event()
         self.trainer: TrainerWait | None = None
         self.checkpoint_requested = False
         self.step_metrics: dict[str, float] = {}
@@ -95,14 +99,24 @@ class Coordinator:
         return self.totals
 
     async def tick_forever(self) -> None:
-        """Ends what is past its deadline, once a second, until the stop."""
+        """Ends what is past its deadline, once a second, until the stop.
+
+        Waits for nothing but the clock: a late tick means that the process stood still, and
+        deadlines move by that much. A slow disk must not look like it.
+        """
         # From here on a stall is noticed, even one within the first second.
         self.scheduler.tick(self.clock())
-        while not await self.stop.sleep(1.0):
+        while not await self.stop.sleep(TICK_SECONDS):
             self.scheduler.tick(self.clock())
+            self._ticked.set()
+        self.changed.fire()
+
+    async def commit_ticks(self) -> None:
+        """Writes what ticks decided, and counts the ledger anew, until the stop."""
+        while await unless_stopped(self._ticked.wait(), self.stop, name="wait for a tick"):
+            self._ticked.clear()
             live = {session.session_id for session in self.scheduler.fleet.sessions()}
             for gone in self._revocations.keys() - live:
                 del self._revocations[gone]
             await self.commit()
             await self.refresh_totals()
-        self.changed.fire()

@@ -50,11 +50,8 @@ def _groups(scheduler: Scheduler, groups: Iterable[Group], now: float) -> Iterat
     stalled: dict[str, tuple[float, float]] = {}
     unleased = 0
     for group in groups:
-        for slot in group.slots:
-            lease = scheduler.leases.get(slot.lease_id) if slot.lease_id else None
-            if lease is None:
-                unleased += slot.is_free
-                continue
+        unleased += sum(slot.is_free for slot in group.slots)
+        for lease in filter(None, map(scheduler.leases.get, (i for s in group.slots for i in s.lease_ids))):
             session = scheduler.fleet.find(lease.session_id)
             name = session.info.actor_id if session else "an actor that has not joined again"
             held[name].append(lease.lease_id)

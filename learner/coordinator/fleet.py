@@ -114,7 +114,7 @@ class Fleet:
             return ActorState.DRAINING
         return ActorState.INSTALLING if session.installed is None else ActorState.READY
 
-    def shift(self, seconds: float) -> None:
-        """Forgives everybody a pause of the learner itself."""
+    def shift(self, seconds: float, now: float) -> None:
+        """Forgives everybody a pause of the learner itself; nobody is heard in the future."""
         for session in self._live.values():
-            session.heard_at += seconds
+            session.heard_at = min(session.heard_at + seconds, now)

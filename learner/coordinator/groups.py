@@ -40,15 +40,15 @@ class Slot:
     """One of a group's places. It is leased until a trajectory fills it or it is given up."""
 
     next_attempt: int = 0
-    lease_id: str | None = None
-    """The newest lease, while it is live. Earlier ones may still fill the slot."""
+    lease_ids: list[str] = field(default_factory=list)
+    """Live leases: none, one, or a straggler and its rival. Ended ones may still fill the slot."""
     filled: Filled | None = None
     given_up: bool = False
     faults: Counter[LeaseOutcome] = field(default_factory=Counter)
 
     @property
     def is_free(self) -> bool:
-        return self.filled is None and self.lease_id is None and not self.given_up
+        return self.filled is None and not self.lease_ids and not self.given_up
 
     @property
     def is_settled(self) -> bool:
@@ -65,6 +65,10 @@ class Group:
     due: int
     """The last step on which the group may be trained."""
     slots: list[Slot]
+    opened_at: float | None = None
+    """Monotonic seconds of the first tick that saw it; after a restart the count starts anew."""
+    is_late: bool = False
+    """It kept the learner waiting past the deadline: every missing slot may have a rival."""
     extra_ids: set[str] = field(default_factory=set)
     """Trajectories of this group that filled no slot."""
     deaths: set[str] = field(default_factory=set)
@@ -85,11 +89,15 @@ class Group:
 
     @property
     def num_missing(self) -> int:
-        return sum(not slot.is_settled for slot in self.slots)
+        return len(self.missing_slots)
 
     @property
     def observation_digest(self) -> str | None:
         return next((s.filled.observation_digest for s in self.slots if s.filled is not None), None)
+
+    @property
+    def missing_slots(self) -> list[Slot]:
+        return [slot for slot in self.slots if not slot.is_settled]
 
     def free_slot(self) -> int | None:
         return next((number for number, slot in enumerate(self.slots) if slot.is_free), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -30,6 +31,10 @@ class LeaseTable:
 
     def __len__(self) -> int:
         return len(self._leases)
+
+    def __iter__(self) -> Iterator[LiveLease]:
+        """Oldest grant first."""
+        return iter(self._leases.values())
 
     def get(self, lease_id: str) -> LiveLease | None:
         return self._leases.get(lease_id)

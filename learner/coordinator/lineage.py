@@ -38,6 +38,8 @@ class Lineage:
         self.versions: dict[PolicyVersion, str] = {}
         """Digest of every version ever published."""
         self.finished = False
+        self.waiting: Waiting | None = None
+        """What the trainer was told that it waits for; None while it trains."""
         self._from_step = 0
         self._assigned_before: tuple[int, ...] = ()
         self._schedule = schedule
@@ -50,12 +52,10 @@ class Lineage:
         """Goes on from a ledger. Without `resume`, a trainer must open a lineage first."""
         self.epoch, self._from_step, self.versions = epoch, from_step, dict(versions)
         self._assigned_before = tuple(assigned)
-        self._board.set_dues(self._first, from_step)
 
     def resume(self, version: PolicyVersion) -> None:
         """The trainer of the newest lineage is alive: it goes on from its newest version."""
         self.version = version
-        self._board.set_dues(self._first, version.step)
         if self._assigned_before:
             groups = tuple(self._board.groups[group_id] for group_id in self._assigned_before)
             self._board.assigned = Batch(version.step, groups)
@@ -71,13 +71,11 @@ class Lineage:
         """
         self.epoch += 1
         self._from_step = step
-        self.version, self._board.assigned, self.finished = None, None, False
+        self.version, self._board.assigned, self.waiting, self.finished = None, None, None, False
         self._board.hold(reopened)
-        for group in self._board.groups.values():
-            if group.born.step > step:
-                group.born = self._first
-        self._board.set_dues(self._first, step)
-        self._journal.record(LineageOpened(epoch=self.epoch, step=step, max_lag=self._schedule.max_lag))
+        reborn = self._board.bear_again(self._first)
+        max_lag = self._schedule.max_lag
+        self._journal.record(LineageOpened(epoch=self.epoch, step=step, max_lag=max_lag, reborn=reborn))
         self._journal.event(
             "lineage", f"epoch {self.epoch} starts from step {step}; {len(reopened)} groups to train again"
         )
@@ -124,7 +122,9 @@ class Lineage:
         open_groups = self._board.groups.values()
         choice = choose(open_groups, version=step, groups_per_step=self._schedule.groups_per_step)
         if isinstance(choice, WaitFor):
-            return Waiting(choice.reason, choice.groups)
+            self.waiting = Waiting(choice.reason, choice.groups)
+            return self.waiting
+        self.waiting = None
         self._board.assigned = Batch(step, choice.groups)
         self._journal.record(BatchAssigned(step=step, group_ids=self._board.assigned.group_ids))
         return self._board.assigned

@@ -138,6 +138,7 @@ async def _run(
         print(f"coordinator ready on {host}:{port}", flush=True)  # noqa: T201
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(coordinator.tick_forever(), name="tick")
+            tasks.create_task(coordinator.commit_ticks(), name="commit-ticks")
             tasks.create_task(_stop_with_parent(stop), name="watch-parent")
             tasks.create_task(_stop_when_finished(coordinator), name="farewell")
         await server.stop(grace=2.0)

@@ -134,13 +134,14 @@ class BatchTrained:
 class LineageOpened:
     """A trainer starts from checkpoint `step`.
 
-    What was trained from there on is pending again, and groups that were born at a later
-    version are born again at this one.
+    What was trained from there on is pending again, and groups that were born from there on
+    are born again.
     """
 
     epoch: int
     step: int
     max_lag: int
+    reborn: tuple[tuple[int, PolicyVersion], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

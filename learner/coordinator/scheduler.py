@@ -45,6 +45,7 @@ from learner.coordinator.records import (
     TrajectoryState,
     TrajectoryStored,
 )
+from learner.coordinator.stragglers import Stragglers
 from learner.coordinator.submissions import Submission
 from learner.coordinator.tasks import TaskOrder, derive_seed
 from learner.coordinator.validation import Limits, Rejected, RejectionCode
@@ -84,6 +85,7 @@ class Scheduler:
         self._next_group_id = 0
         self._num_sessions = 0
         self._ticked_at: float | None = None
+        self._stragglers = Stragglers(fleet=fleet, board=self.board, journal=self._journal)
 
     @property
     def groups(self) -> Mapping[int, Group]:
@@ -137,7 +139,7 @@ class Scheduler:
             held = self.groups[group_id].slots[slot]
             if held.filled is not None:
                 continue
-            held.lease_id = lease_id
+            held.lease_ids.append(lease_id)
             lease = self.leases.grant(lease_id=lease_id, group_id=group_id, slot=slot, session_id="", now=now)
             lease.deadline = now + self._config.dead_seconds
 
@@ -198,7 +200,7 @@ class Scheduler:
         if self._ticked_at is not None and now - self._ticked_at > _TICK_GAP_SECONDS:
             gap = now - self._ticked_at
             self.leases.shift(gap)
-            self.fleet.shift(gap)
+            self.fleet.shift(gap, now)
             self._journal.event(
                 "stall", f"the coordinator stood still for {gap:.1f} s; deadlines moved by as much"
             )
@@ -213,6 +215,7 @@ class Scheduler:
                 "expired", f"lease {lease.lease_id}: no progress for {now - lease.progress_at:.0f} s"
             )
             self.board.end_lease(lease, LeaseOutcome.EXPIRED, revoke="no progress")
+        self._stragglers.tick(self.lineage.waiting, now)
 
     def set_paused(self, paused: bool) -> None:
         """While paused no lease is granted; what is leased goes on."""
@@ -229,7 +232,11 @@ class Scheduler:
         refusal = self._refusal(session, installed, digest)
         leases: list[Lease] = []
         while refusal is None and len(leases) < max_leases:
-            found = self.board.free_slot(installed.step) or self._open_group(installed)
+            found = (
+                self.board.free_slot(installed.step)
+                or self._stragglers.slot_for(session_id, installed.step)
+                or self._open_group(installed)
+            )
             if isinstance(found, str):
                 refusal = found
             else:
@@ -279,7 +286,8 @@ class Scheduler:
         attempt = slot.next_attempt
         slot.next_attempt += 1
         lease_id = f"{group.group_id}.{number}.{attempt}"
-        slot.lease_id = lease_id
+        rival = bool(slot.lease_ids)
+        slot.lease_ids.append(lease_id)
         self.leases.grant(
             lease_id=lease_id, group_id=group.group_id, slot=number, session_id=session_id, now=now
         )
@@ -300,6 +308,7 @@ class Scheduler:
             task=group.task,
             sampling=self._sampling_of(group.group_id, number, attempt),
             progress_timeout_seconds=self._config.progress_timeout_seconds,
+            rival=rival,
         )
 
     def _sampling_of(self, group_id: int, slot: int, attempt: int) -> Sampling:
@@ -327,7 +336,7 @@ class Scheduler:
         if isinstance(submission, Rejected):
             return self._refuse(session, submission, submission.lease_id)
         try:
-            return self._decide(session, sequence, submission)
+            return self._decide(session, sequence, submission, now)
         except Rejected as rejected:
             return self._refuse(session, rejected, submission.lease_id)
 
@@ -372,7 +381,7 @@ class Scheduler:
         self._journal.record(SequenceAdvanced(session_id=session.session_id, sequence=sequence))
         return True
 
-    def _decide(self, session: Session, sequence: int, submission: Submission) -> Verdict:
+    def _decide(self, session: Session, sequence: int, submission: Submission, now: float) -> Verdict:
         group, slot_number = self._group_of(submission.lease_id)
         if self._is_known(group, submission.trajectory_id):
             self._journal.record(ItemsRefused(duplicates=1))
@@ -386,7 +395,7 @@ class Scheduler:
         verdict = self._verdict_on(group, slot_number, submission)
         self._store(session, sequence, submission, slot_number, verdict)
         if group is not None:
-            self._settle(group, slot_number, submission, verdict)
+            self._settle(group, slot_number, submission, verdict, now)
         return verdict
 
     def _group_of(self, lease_id: str) -> tuple[Group | None, int]:
@@ -446,7 +455,9 @@ class Scheduler:
             )
         )
 
-    def _settle(self, group: Group, slot_number: int, submission: Submission, verdict: Verdict) -> None:
+    def _settle(
+        self, group: Group, slot_number: int, submission: Submission, verdict: Verdict, now: float
+    ) -> None:
         """Fills the slot, or frees it, and ends the leases that this makes needless."""
         slot = group.slots[slot_number]
         if verdict.state is TrajectoryState.PENDING:
@@ -462,10 +473,10 @@ class Scheduler:
             group.extra_ids.add(submission.trajectory_id)
         own = self.leases.get(submission.lease_id)
         if own is not None:
+            self._stragglers.finished(own, group.task.environment, submission.num_sampled, now)
             self.board.end_lease(own, LeaseOutcome.FILLED)
-        other = self.leases.get(slot.lease_id) if slot.filled is not None and slot.lease_id else None
-        if other is not None:
-            self.board.end_lease(other, LeaseOutcome.REVOKED, revoke="another result came first")
+        if slot.filled is not None:
+            self.board.revoke_leases(slot, "another result came first")
         self.board.give_up_if_hopeless(group)
 
     # -- ending things ----------------------------------------------------------------------

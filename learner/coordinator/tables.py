@@ -250,10 +250,8 @@ def _lineage_opened(db: _Transaction, r: LineageOpened) -> None:
         "WHERE state = 'assigned' OR (state = 'trained' AND step >= ?)",
         (r.step,),
     )
-    db.execute(
-        "UPDATE groups SET born_epoch = ?1, born_step = ?2 WHERE state = 'open' AND born_step > ?2",
-        (r.epoch, r.step),
-    )
+    for group_id, born in r.reborn:
+        db.execute("UPDATE groups SET born_epoch = ?, born_step = ? WHERE group_id = ?", (*born, group_id))
     db.execute("DELETE FROM checkpoints WHERE step > ?", (r.step,))
     db.recount()
 

@@ -636,11 +636,16 @@ class Lease(_message.Message):
     TASK_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     PROGRESS_TIMEOUT_FIELD_NUMBER: _builtins.int
+    RIVAL_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     group_id: _builtins.int
     slot: _builtins.int
     attempt: _builtins.int
     """How often the slot was leased before. Fences the environment's session."""
+    rival: _builtins.bool
+    """Another lease of the slot is still played elsewhere, and the first result wins:
+    play this one in an environment session of its own, so as not to end that one's.
+    """
     @_builtins.property
     def task(self) -> _trajectory_pb2.Task: ...
     @_builtins.property
@@ -659,10 +664,11 @@ class Lease(_message.Message):
         task: _trajectory_pb2.Task | None = ...,
         sampling: _trajectory_pb2.Sampling | None = ...,
         progress_timeout: _duration_pb2.Duration | None = ...,
+        rival: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["progress_timeout", b"progress_timeout", "sampling", b"sampling", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "group_id", b"group_id", "lease_id", b"lease_id", "progress_timeout", b"progress_timeout", "sampling", b"sampling", "slot", b"slot", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "group_id", b"group_id", "lease_id", b"lease_id", "progress_timeout", b"progress_timeout", "rival", b"rival", "sampling", b"sampling", "slot", b"slot", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import get_args
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from learner.config import FleetConfig
+from learner.config import FleetConfig, LateGroup
 from learner.coordinator.audit import audit
 from learner.coordinator.decisions import Batch
+from learner.coordinator.fleet import ReportedStats
 from learner.coordinator.groups import LeaseOutcome
 from learner.coordinator.ledger import Ledger
 from learner.coordinator.records import GroupDropped, TrajectoryState
@@ -45,6 +47,7 @@ class Lifecycle(RuleBasedStateMachine):
         self.sent: list[trajectory_pb2.Trajectory] = []
         self.acknowledged: set[str] = set()
         self.checkpoint = 0
+        self.late_group: LateGroup = "repair"
         self.trained_lineage: dict[int, tuple[str, ...]] = {}
 
     def teardown(self) -> None:
@@ -54,15 +57,21 @@ class Lifecycle(RuleBasedStateMachine):
 
     # -- the processes --------------------------------------------------------------------
 
-    @initialize()
-    def start(self) -> None:
+    @initialize(late_group=st.sampled_from(get_args(LateGroup)))
+    def start(self, late_group: LateGroup) -> None:
+        self.late_group = late_group
         self.start_coordinator(trainer_lives=False)
 
     def start_coordinator(self, *, trainer_lives: bool) -> None:
         self.ledger = Ledger(self.folder / "ledger.sqlite")
         self.scheduler = make_scheduler(
             history=self.ledger,
-            fleet=FleetConfig(progress_timeout_seconds=30.0),
+            fleet=FleetConfig(
+                progress_timeout_seconds=30.0,
+                straggler_factor=2.0,
+                group_deadline_seconds=12.0,
+                late_group=self.late_group,
+            ),
             groups_per_step=2,
             group_size=2,
             max_lag=MAX_LAG,
@@ -163,12 +172,40 @@ class Lifecycle(RuleBasedStateMachine):
         for _ in range(MAX_LAG + 1):
             self.trainer_steps()
 
-    @rule(seconds=st.sampled_from([0.5, 1.0, 1.5]), times=st.integers(1, 30))
-    def time_passes(self, seconds: float, times: int) -> None:
+    @rule(slow=st.sampled_from(ACTORS), quick=st.sampled_from(ACTORS))
+    def one_straggles(self, slow: str, quick: str) -> None:
+        """An actor holds leases without progress; another asks for work, and may be its rival."""
+        for name in {slow, quick} - self.submitters.keys():
+            self.actor_joins(name, True)
+        self.actor_acquires(slow, 3)
+        self.trainer_steps()
+        self.time_passes(1.0, 14, True)
+        self.actor_acquires(quick, 100)
+
+    @rule(seconds=st.sampled_from([0.5, 1.0, 1.5]), times=st.integers(1, 30), alive=st.booleans())
+    def time_passes(self, seconds: float, times: int, alive: bool) -> None:
+        """Without heartbeats actors die; with them, their leases straggle and get rivals."""
         for _ in range(times):
             self.now += seconds
+            if alive:
+                self.actors_beat()
             self.scheduler.tick(self.now)
         self.commit()
+
+    def actors_beat(self) -> None:
+        version = self.scheduler.version
+        for name, submitter in list(self.submitters.items()):
+            held = [(lease.lease_id, 0, 0) for owner, lease, _ in self.leases if owner == name]
+            try:
+                self.scheduler.heartbeat(
+                    submitter.session_id,
+                    installed=version,
+                    stats=ReportedStats(),
+                    progress=held,
+                    now=self.now,
+                )
+            except (PeerLost, SessionFenced):
+                del self.submitters[name]
 
     @rule()
     def trainer_steps(self) -> None:
@@ -233,9 +270,12 @@ class Lifecycle(RuleBasedStateMachine):
     def every_live_lease_belongs_to_a_free_slot(self) -> None:
         for group in self.scheduler.groups.values():
             for slot in group.slots:
-                if slot.lease_id is not None:
-                    assert slot.filled is None
-                    assert self.scheduler.leases.get(slot.lease_id) is not None
+                assert not (slot.lease_ids and slot.filled)
+                assert len(slot.lease_ids) <= 2
+                for lease_id in slot.lease_ids:
+                    assert self.scheduler.leases.get(lease_id) is not None
+        live = sum(len(slot.lease_ids) for group in self.scheduler.groups.values() for slot in group.slots)
+        assert live == len(self.scheduler.leases)
 
     # -- pieces -----------------------------------------------------------------------------
 

@@ -252,7 +252,7 @@ def test_a_prompt_that_saw_three_actors_die_is_quarantined():
     for death in range(3):
         session = join(scheduler, f"victim-{death}")
         assert acquire(scheduler, session, version, num=1)[0].group_id == 0
-        scheduler.fleet.shift(-100.0)
+        scheduler.fleet.shift(-100.0, 0.0)
         scheduler.tick(float(death))
     dropped = [record for record in scheduler.take_records() if isinstance(record, GroupDropped)]
     assert [(record.group_id, record.state) for record in dropped] == [(0, TrajectoryState.QUARANTINED)]
