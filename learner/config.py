@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from learner.training.algorithm_config import AlgorithmConfig
 from learner.training.config import TrainingConfig
 from penstock.errors import ConfigError
 from penstock.trajectory import InstallMode, Sampling
@@ -140,6 +141,7 @@ class RunConfig:
     """Allow addresses beyond loopback although nothing authenticates who connects."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     sampling: Sampling = field(default_factory=Sampling)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     truncation_reward: float | None = None
     """Reward of an episode that is cut at a token limit before its environment is done.
     Unset, such an episode has no reward and counts as a fault of its task."""
@@ -157,4 +159,10 @@ class RunConfig:
                 f"sampling has temperature {self.sampling.temperature}, top_p {self.sampling.top_p} and top_k "
                 f"{self.sampling.top_k}; training needs a temperature above 0, top_p 1 and top_k 0, since "
                 "importance ratios hold only where every token could have been sampled"
+            )
+        if self.algorithm.recipe().overlong_share and self.truncation_reward is None:
+            raise ConfigError(
+                f"algorithm.preset {self.algorithm.preset} lowers the rewards of overlong answers, but "
+                "truncation_reward is unset, so that answers cut at sampling.max_tokens are never trained on; "
+                "set it, or algorithm.overlong_share = 0"
             )

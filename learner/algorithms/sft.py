@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from learner.algorithms.aggregation import token_mean
-
 
 def completion_cross_entropy(
     logprobs_S: torch.Tensor, *, num_tokens: int
@@ -15,4 +13,4 @@ def completion_cross_entropy(
     logprobs_S: [S] float32, of the completion's tokens. num_tokens: N, completion tokens
     of the whole update. Returns the row's share of the loss, and no sums beside it.
     """
-    return token_mean(-logprobs_S, num_tokens=num_tokens), {}
+    return -logprobs_S.sum() / max(num_tokens, 1), {}

@@ -1,4 +1,4 @@
-"""Settings of the trainer: model, optimiser, algorithm, checkpoints."""
+"""Settings of the trainer: model, optimiser, checkpoints."""
 
 from __future__ import annotations
 
@@ -55,31 +55,6 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GrpoConfig:
-    """Group-relative policy optimisation (Shao et al. 2024), asynchronous."""
-
-    updates_per_step: int = 1
-    """Optimiser updates a batch is split into. With 1 the proximal policy is the learner
-    policy itself, the surrogate's ratio is 1, and the clip bounds never bind."""
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    scale_by_std: bool = True
-    """Divide a group's advantages by the standard deviation of its rewards."""
-    importance_cap: float = 2.0
-    """Truncates the ratio of proximal to behaviour policy, per token."""
-
-    def __post_init__(self) -> None:
-        if self.updates_per_step < 1:
-            raise ConfigError(f"algorithm.updates_per_step is {self.updates_per_step}; expected at least 1")
-        if not 0 < self.clip_low < 1:
-            raise ConfigError(f"algorithm.clip_low is {self.clip_low}; expected between 0 and 1")
-        if self.clip_high <= 0:
-            raise ConfigError(f"algorithm.clip_high is {self.clip_high}; expected more than 0")
-        if self.importance_cap < 1:
-            raise ConfigError(f"algorithm.importance_cap is {self.importance_cap}; expected at least 1")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointConfig:
     every_steps: int = 50
     keep: int = 3
@@ -102,7 +77,6 @@ class TrainingConfig:
     """Token budget of a packed row. A longer trajectory has a row of its own."""
     activation_checkpointing: bool = False
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    algorithm: GrpoConfig = field(default_factory=GrpoConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:

@@ -16,15 +16,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from learner.training.batch import Batch
 from learner.training.checkpoint import Checkpoints
 from learner.training.coordinator import Coordinator
-from learner.training.grpo import StepReport
 from learner.training.orders import Leave, Orders, Train, WriteCheckpoint
 from learner.training.parallel import Ranks
 from learner.training.publish import Publisher
+from learner.training.step import Algorithm
 from penstock.errors import TrainingDiverged
 from penstock.trajectory import PolicyVersion
 
@@ -44,12 +43,6 @@ class Position:
     @property
     def version(self) -> PolicyVersion:
         return PolicyVersion(self.epoch, self.step)
-
-
-class Algorithm(Protocol):
-    """Makes the next version of a batch, or says why it could not; then weights are as before."""
-
-    def step(self, batch: Batch, version: PolicyVersion, *, learning_rate: float) -> StepReport: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,13 +14,15 @@ import torch
 from learner.config import RunConfig
 from learner.training.checkpoint import Checkpoints
 from learner.training.coordinator import Coordinator, GrpcCoordinator, Lineage
-from learner.training.grpo import Grpo
 from learner.training.loop import CheckpointLog, Position, Skips, Training, Versions
 from learner.training.model import load_policy
 from learner.training.optimizer import learning_rate, make_optimizer
 from learner.training.orders import Orders, StopFlag
 from learner.training.parallel import Ranks, open_ranks, place
+from learner.training.policy_gradient import PolicyGradient
 from learner.training.publish import Publisher, WeightSink
+from learner.training.reference import Reference
+from learner.training.step import Algorithm
 from learner.training.stopping import StopOnSignal
 from learner.training.updater import Updater
 from penstock import config as configuration
@@ -65,6 +67,7 @@ def train(
 ) -> Position:
     """Resumes from the newest checkpoint and trains. Returns where it ended."""
     updater = make_updater(config, ranks)
+    algorithm = make_algorithm(config, updater)
     checkpoints = CheckpointLog(
         Checkpoints(config.run_dir / "checkpoints", updater, keep=config.training.checkpoint.keep),
         coordinator,
@@ -81,7 +84,7 @@ def train(
         num_steps=num_steps,
         position=position,
         learning_rate=lambda at: learning_rate(config.training.optimizer, step=at, num_steps=num_steps),
-        algorithm=Grpo(updater, config.training.algorithm, seed=config.seed),
+        algorithm=algorithm,
         orders=Orders(coordinator, ranks, position, stop),
         versions=Versions(publisher, coordinator, ranks, config.run_dir / "metrics.jsonl"),
         checkpoints=checkpoints,
@@ -108,6 +111,18 @@ def make_updater(config: RunConfig, ranks: Ranks) -> Updater:
         row_tokens=training.row_tokens,
         max_grad_norm=training.optimizer.max_grad_norm,
         temperature=config.sampling.temperature,
+    )
+
+
+def make_algorithm(config: RunConfig, updater: Updater) -> Algorithm:
+    """What the run's `[algorithm]` says. Call it before a checkpoint is loaded: a reference is the initial policy."""
+    recipe = config.algorithm.recipe()
+    return PolicyGradient(
+        updater,
+        recipe,
+        max_tokens=config.sampling.max_tokens,
+        seed=config.seed,
+        reference=Reference(updater) if recipe.has_reference else None,
     )
 
 

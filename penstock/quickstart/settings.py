@@ -120,6 +120,10 @@ pipeline_depth = {min(3, config.max_lag + 1)}
 [sampling]
 max_tokens = {MAX_TOKENS}
 
+[algorithm]
+preset = "decoupled_ppo"
+correction_high = 2.0
+
 [training]
 device = "cpu"
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from learner.config import RunConfig, ScheduleConfig
+from learner.training.algorithm_config import AlgorithmConfig
 from learner.training.checkpoint import POLICY, CheckpointReader, newest
-from learner.training.config import CheckpointConfig, Device, GrpoConfig, OptimizerConfig, TrainingConfig
+from learner.training.config import CheckpointConfig, Device, OptimizerConfig, TrainingConfig
 from learner.training.launch import launch_command
 from learner.training.parallel import Ranks
 from learner.training.start import train
@@ -47,11 +48,11 @@ def write_run(tmp_path: Path, name: str, *, num_steps: int = 4) -> RunConfig:
         environments=("127.0.0.1:1",),
         run_dir=run_dir,
         schedule=ScheduleConfig(num_steps=num_steps),
+        algorithm=AlgorithmConfig(updates_per_step=2),
         training=TrainingConfig(
             device=Device.CPU,
             row_tokens=48,
             optimizer=OptimizerConfig(learning_rate=1e-3),
-            algorithm=GrpoConfig(updates_per_step=2),
             checkpoint=CheckpointConfig(every_steps=2),
         ),
     )

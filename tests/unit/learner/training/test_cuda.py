@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from learner.training.grpo import Grpo
 
 from learner.training.attention import packed_attention, row_layout
 from learner.training.checkpoint import Checkpoints
 from learner.training.config import Device, GrpoConfig, OptimizerConfig, Precision
-from learner.training.grpo import Grpo
 from learner.training.model import load_policy
 from learner.training.optimizer import make_optimizer
 from learner.training.parallel import Ranks, open_ranks, place

@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from learner.algorithms.recipe import Advantage
 from learner.config import RunConfig, ScheduleConfig
 from learner.export import export
+from learner.training.algorithm_config import AlgorithmConfig
 from learner.training.batch import Batch, Group
 from learner.training.checkpoint import newest
-from learner.training.config import CheckpointConfig, Device, GrpoConfig, OptimizerConfig, TrainingConfig
+from learner.training.config import CheckpointConfig, Device, OptimizerConfig, TrainingConfig
 from learner.training.parallel import Ranks
 from learner.training.start import make_updater, train
 from penstock.config import to_toml
@@ -27,7 +29,7 @@ ONE_RANK = Ranks(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
 
 
 def run_config(
-    tmp_path: Path, *, name: str = "run", num_steps: int = 3, algorithm: GrpoConfig | None = None
+    tmp_path: Path, *, name: str = "run", num_steps: int = 3, algorithm: AlgorithmConfig | None = None
 ) -> RunConfig:
     run_dir = tmp_path / name
     run_dir.mkdir(exist_ok=True)
@@ -39,11 +41,11 @@ def run_config(
         environments=("127.0.0.1:1",),
         run_dir=run_dir,
         schedule=ScheduleConfig(num_steps=num_steps),
+        algorithm=algorithm or AlgorithmConfig(),
         training=TrainingConfig(
             device=Device.CPU,
             row_tokens=64,
             optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
-            algorithm=algorithm or GrpoConfig(),
             checkpoint=CheckpointConfig(every_steps=2, keep=2),
         ),
     )
@@ -94,7 +96,7 @@ def test_every_step_is_reported_and_kept_as_a_line(tmp_path: Path) -> None:
     assert reported.items() <= lines[-1].items()
     names = (
         "loss reward_mean reward_std lag_mean lag_p95 lag_max ratio_mean ratio_max ess kl entropy clip_share "
-        "grad_norm learning_rate tokens step_seconds wait_seconds truncated_share_positive"
+        "grad_norm learning_rate tokens step_seconds wait_seconds masked_share_positive"
     )
     assert set(names.split()) <= reported.keys()
     assert reported["reward_mean"] == 0.5
@@ -195,7 +197,7 @@ def poisoned(step: int) -> Batch:
 def test_a_step_that_is_not_finite_is_skipped_and_changes_nothing(
     tmp_path: Path, updates_per_step: int
 ) -> None:
-    algorithm = GrpoConfig(scale_by_std=False, updates_per_step=updates_per_step)
+    algorithm = AlgorithmConfig(advantage=Advantage.GROUP_MEAN, updates_per_step=updates_per_step)
     served: list[int] = []
 
     def poisoned_once(step: int) -> Batch:
@@ -211,7 +213,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_changes_nothing(
 
 
 def test_three_skips_in_a_row_stop_the_run_and_name_the_trajectories(tmp_path: Path) -> None:
-    config = run_config(tmp_path, algorithm=GrpoConfig(scale_by_std=False))
+    config = run_config(tmp_path, algorithm=AlgorithmConfig(advantage=Advantage.GROUP_MEAN))
     coordinator = FakeCoordinator(make=poisoned)
     first = next(poisoned(0).trajectories()).trajectory_id
     with pytest.raises(PenstockError, match=f"3 steps in a row failed.*{first}"):
@@ -248,7 +250,7 @@ def test_lag_counts_from_the_oldest_version_in_a_trajectory(tmp_path: Path) -> N
 
 
 def test_more_updates_a_step_use_one_proximal_policy(tmp_path: Path) -> None:
-    config = run_config(tmp_path, num_steps=1, algorithm=GrpoConfig(updates_per_step=3))
+    config = run_config(tmp_path, num_steps=1, algorithm=AlgorithmConfig(updates_per_step=3))
     coordinator = run_training(config, FakeCoordinator())
     single = run_training(run_config(tmp_path, name="single", num_steps=1), FakeCoordinator())
     for name in ("ratio_mean", "ess", "kl"):

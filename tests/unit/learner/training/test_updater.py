@@ -6,12 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from learner.training.config import Device, GrpoConfig, OptimizerConfig, Precision
-from learner.training.grpo import Grpo
+from learner.training.algorithm_config import AlgorithmConfig
+from learner.training.config import Device, OptimizerConfig, Precision
 from learner.training.model import load_policy
 from learner.training.optimizer import make_optimizer
 from learner.training.packing import TokenSequence
 from learner.training.parallel import Ranks, open_ranks, place
+from learner.training.policy_gradient import PolicyGradient
 from learner.training.publish import Publisher
 from learner.training.updater import Snapshot, Updater
 from penstock.trajectory import PolicyVersion
@@ -32,11 +33,15 @@ def make_updater(folder: Path, *, row_tokens: int) -> Updater:
     return Updater(policy, optimizer, ONE_RANK, row_tokens=row_tokens, max_grad_norm=1.0)
 
 
+def make_algorithm(updater: Updater, config: AlgorithmConfig) -> PolicyGradient:
+    return PolicyGradient(updater, config.recipe(), max_tokens=12, seed=0)
+
+
 def train(folder: Path, *, row_tokens: int, updates: int) -> tuple[dict[str, float], list[torch.Tensor]]:
     updater = make_updater(folder, row_tokens=row_tokens)
-    grpo = Grpo(updater, GrpoConfig(updates_per_step=updates), seed=0)
+    algorithm = make_algorithm(updater, AlgorithmConfig(updates_per_step=updates))
     for step in range(3):
-        metrics = grpo.step(make_batch(step), VERSION, learning_rate=1e-3).metrics
+        metrics = algorithm.step(make_batch(step), VERSION, learning_rate=1e-3).metrics
     return metrics, [parameter.detach().clone() for parameter in updater.policy.parameters()]
 
 
@@ -64,13 +69,13 @@ def test_scores_come_back_in_the_order_of_the_sequences(folder: Path) -> None:
 
 def test_a_snapshot_brings_back_weights_and_optimiser(folder: Path) -> None:
     updater = make_updater(folder, row_tokens=64)
-    grpo = Grpo(updater, GrpoConfig(), seed=0)
-    grpo.step(make_batch(0), VERSION, learning_rate=1e-3)
+    algorithm = make_algorithm(updater, AlgorithmConfig())
+    algorithm.step(make_batch(0), VERSION, learning_rate=1e-3)
     snapshot = Snapshot(updater)
-    first = grpo.step(make_batch(1), VERSION, learning_rate=1e-3).metrics
+    first = algorithm.step(make_batch(1), VERSION, learning_rate=1e-3).metrics
     after_first = [parameter.detach().clone() for parameter in updater.policy.parameters()]
     snapshot.restore()
-    assert grpo.step(make_batch(1), VERSION, learning_rate=1e-3).metrics == first
+    assert algorithm.step(make_batch(1), VERSION, learning_rate=1e-3).metrics == first
     for got, expected in zip(updater.policy.parameters(), after_first, strict=True):
         assert torch.equal(got, expected)
 
@@ -105,8 +110,10 @@ def test_half_precision_computes_in_bfloat16_on_float32_masters(folder: Path) ->
         place(policy, ranks, Precision.BFLOAT16)
         optimizer = make_optimizer(policy, OptimizerConfig(learning_rate=1e-3))
         updater = Updater(policy, optimizer, ranks, row_tokens=64, max_grad_norm=1.0)
-        grpo = Grpo(updater, GrpoConfig(updates_per_step=2), seed=0)
-        half = [grpo.step(make_batch(step), VERSION, learning_rate=1e-3).metrics for step in range(3)][-1]
+        algorithm = make_algorithm(updater, AlgorithmConfig(updates_per_step=2))
+        half = [algorithm.step(make_batch(step), VERSION, learning_rate=1e-3).metrics for step in range(3)][
+            -1
+        ]
         assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
     finally:
         ranks.close()
