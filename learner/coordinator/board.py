@@ -15,6 +15,7 @@ from learner.coordinator.groups import Group, LeaseOutcome, Slot
 from learner.coordinator.journal import Journal
 from learner.coordinator.leases import LeaseTable, LiveLease
 from learner.coordinator.records import GroupDropped, LeaseEnded, TrajectoryState
+from learner.coordinator.sieve import Sieve
 from penstock.trajectory import PolicyVersion
 
 DEATHS_BEFORE_QUARANTINE = 3
@@ -24,7 +25,9 @@ _RECENT_GROUPS = 1024
 class Board:
     """Open groups by id, those that were closed lately, and live leases."""
 
-    def __init__(self, *, fleet: FleetConfig, admission: Admission, journal: Journal) -> None:
+    def __init__(
+        self, *, fleet: FleetConfig, admission: Admission, journal: Journal, sieve: Sieve | None = None
+    ) -> None:
         self.groups: dict[int, Group] = {}
         self.leases = LeaseTable(progress_timeout=fleet.progress_timeout_seconds)
         self.assigned: Batch | None = None
@@ -32,6 +35,7 @@ class Board:
         self._fleet = fleet
         self._admission = admission
         self._journal = journal
+        self._sieve = sieve
         self._recent: dict[int, Group] = {}
         self._maybe_free: set[int] = set()
         self._revocations: list[Revocation] = []
@@ -103,7 +107,7 @@ class Board:
             slot.faults[LeaseOutcome.INFRASTRUCTURE] >= self._fleet.infrastructure_budget
             or slot.faults[LeaseOutcome.DATA] >= self._fleet.data_budget
         )
-        self.give_up_if_hopeless(group)
+        self.end_if_useless(group)
 
     def revoke_leases(self, slot: Slot, reason: str) -> None:
         for lease_id in tuple(slot.lease_ids):
@@ -111,13 +115,17 @@ class Board:
             if lease is not None:
                 self.end_lease(lease, LeaseOutcome.REVOKED, revoke=reason)
 
-    def give_up_if_hopeless(self, group: Group) -> None:
+    def end_if_useless(self, group: Group) -> None:
         if group.group_id not in self.groups or self.is_assigned(group):
             return
         if len(group.deaths) >= DEATHS_BEFORE_QUARANTINE:
             self.drop(group, TrajectoryState.QUARANTINED, f"{len(group.deaths)} actors died on its task")
         elif group.is_settled and not group.is_ready:
             self.drop(group, TrajectoryState.GROUP_DROPPED, "fewer than two trajectories after its faults")
+        elif group.is_ready and self._sieve is not None and self._sieve.drops(group):
+            self.drop(
+                group, TrajectoryState.GROUP_DROPPED, "equal rewards teach nothing; another takes its place"
+            )
 
     def drop(self, group: Group, state: TrajectoryState, reason: str, *, quietly: bool = False) -> None:
         """Closes a group untrained: its pending trajectories end in `state`."""
@@ -134,6 +142,11 @@ class Board:
             del self._recent[next(iter(self._recent))]
         for slot in group.slots:
             self.revoke_leases(slot, "its group is trained or dropped")
+
+    def step_taken(self) -> None:
+        """A version was published: the next step may drop as many uninformative groups again."""
+        if self._sieve is not None:
+            self._sieve.reset()
 
     def take_revocations(self) -> list[Revocation]:
         """What actors must be told."""

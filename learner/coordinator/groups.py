@@ -32,6 +32,7 @@ class Filled:
     """Step of the oldest version among its tokens."""
     num_sampled: int
     mixed: bool
+    reward: float
     observation_digest: str
 
 

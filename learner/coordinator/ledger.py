@@ -267,17 +267,18 @@ class Ledger:
             elif outcome is not None:
                 held.faults[LeaseOutcome(outcome)] += 1
         for row in self._rows(
-            "SELECT trajectory_id, slot, state, oldest_step, num_sampled, mixed, observation_digest "
+            "SELECT trajectory_id, slot, state, oldest_step, num_sampled, mixed, reward, observation_digest "
             "FROM trajectories WHERE group_id = ?",
             (group.group_id,),
         ):
-            trajectory_id, slot, state, oldest_step, num_sampled, mixed, digest = row
+            trajectory_id, slot, state, oldest_step, num_sampled, mixed, reward, digest = row
             if state in (TrajectoryState.PENDING, TrajectoryState.TRAINED):
                 group.slots[slot].filled = Filled(
                     trajectory_id=trajectory_id,
                     oldest_step=oldest_step,
                     num_sampled=num_sampled,
                     mixed=bool(mixed),
+                    reward=reward,
                     observation_digest=digest,
                 )
             else:

@@ -109,6 +109,7 @@ class Lineage:
         self._journal.record(
             VersionPublished(version=version, digest=digest, manifest=manifest, metrics=metrics)
         )
+        self._board.step_taken()
         self._drop_overdue()
         return True
 

@@ -27,6 +27,7 @@ from learner.coordinator.metrics import serve_metrics
 from learner.coordinator.operator_service import OperatorService
 from learner.coordinator.publications import Publications
 from learner.coordinator.scheduler import Scheduler
+from learner.coordinator.sieve import Sieve
 from learner.coordinator.tasks import TRAIN, TaskOrder, TaskSource
 from learner.coordinator.trainer_service import TrainerService
 from learner.coordinator.validation import Limits
@@ -146,6 +147,13 @@ async def _run(
         await asyncio.to_thread(weights_server.close)
 
 
+def _sieve(settings: RunConfig) -> Sieve | None:
+    recipe = settings.algorithm.recipe()
+    if not recipe.dynamic_sampling:
+        return None
+    return Sieve(max_dropped=recipe.max_refills * settings.schedule.groups_per_step)
+
+
 def _restore(
     settings: RunConfig, policy: PolicyFolder, environments: _Environments, ledger: Ledger, found: Recovered
 ) -> Scheduler:
@@ -159,6 +167,7 @@ def _restore(
             max_sampled_tokens=settings.sampling.max_tokens,
             max_context=policy.max_context,
         ),
+        sieve=_sieve(settings),
         history=ledger,
     )
     scheduler.restore(

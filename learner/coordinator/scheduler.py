@@ -45,6 +45,7 @@ from learner.coordinator.records import (
     TrajectoryState,
     TrajectoryStored,
 )
+from learner.coordinator.sieve import Sieve
 from learner.coordinator.stragglers import Stragglers
 from learner.coordinator.submissions import Submission
 from learner.coordinator.tasks import TaskOrder, derive_seed
@@ -66,6 +67,7 @@ class Scheduler:
         sampling: Sampling,
         tasks: TaskOrder,
         limits: Limits,
+        sieve: Sieve | None = None,
         history: History,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -80,7 +82,7 @@ class Scheduler:
         self._history = history
         self._journal = Journal(wall_clock)
         self._admission = Admission(schedule)
-        self.board = Board(fleet=fleet, admission=self._admission, journal=self._journal)
+        self.board = Board(fleet=fleet, admission=self._admission, journal=self._journal, sieve=sieve)
         self.lineage = Lineage(schedule=schedule, board=self.board, journal=self._journal)
         self._next_group_id = 0
         self._num_sessions = 0
@@ -467,6 +469,7 @@ class Scheduler:
                 oldest_step=submission.oldest.step,
                 num_sampled=submission.num_sampled,
                 mixed=submission.is_mixed,
+                reward=submission.reward,
                 observation_digest=submission.observation_digest,
             )
         else:
@@ -477,7 +480,7 @@ class Scheduler:
             self.board.end_lease(own, LeaseOutcome.FILLED)
         if slot.filled is not None:
             self.board.revoke_leases(slot, "another result came first")
-        self.board.give_up_if_hopeless(group)
+        self.board.end_if_useless(group)
 
     # -- ending things ----------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from learner.coordinator.decisions import History
 from learner.coordinator.fleet import ActorInfo
 from learner.coordinator.ledger import Recovered
 from learner.coordinator.scheduler import Scheduler
+from learner.coordinator.sieve import Sieve
 from learner.coordinator.submissions import Sent, Submission
 from learner.coordinator.tasks import TaskOrder, TaskSource
 from learner.coordinator.validation import Limits, Rejected
@@ -43,7 +44,11 @@ class NoHistory:
 
 
 def make_scheduler(
-    *, history: History | None = None, fleet: FleetConfig | None = None, **schedule: int
+    *,
+    history: History | None = None,
+    fleet: FleetConfig | None = None,
+    sieve: Sieve | None = None,
+    **schedule: int,
 ) -> Scheduler:
     defaults = {"num_steps": 100, "groups_per_step": 2, "group_size": 2, "max_lag": 1}
     return Scheduler(
@@ -52,6 +57,7 @@ def make_scheduler(
         sampling=Sampling(max_tokens=16),
         tasks=TaskOrder([TaskSource(environment=ENVIRONMENT, num_tasks=10)], seed=0),
         limits=LIMITS,
+        sieve=sieve,
         history=history or NoHistory(),
         wall_clock=lambda: 0.0,
     )
