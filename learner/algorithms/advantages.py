@@ -31,18 +31,18 @@ def group_std(groups: Rewards) -> list[torch.Tensor]:
 
 
 def leave_one_out(groups: Rewards) -> list[torch.Tensor]:
-    """r_i minus the mean of the others of its group: RLOO (Ahmadian et al. 2024, eq. 7)."""
+    """r_i minus the mean of the others of its group: RLOO (Ahmadian et al. 2024)."""
     return [_centred(rewards_G) * _of_others(rewards_G.numel()) for rewards_G in groups]
 
 
 def batch_std(groups: Rewards) -> list[torch.Tensor]:
-    """(r - mean) / std, both over the whole step: REINFORCE++ (Hu et al. 2025, eq. 6)."""
+    """(r - mean) / std, both over the whole step: REINFORCE++ (Hu et al. 2025)."""
     flat = _centred(torch.cat(list(groups)))
     return _like(groups, flat / _std(flat))
 
 
 def group_mean_batch_std(groups: Rewards) -> list[torch.Tensor]:
-    """The group's mean is subtracted, the step's deviation divides: REINFORCE++-baseline (Hu et al. 2025, eq. 8)."""
+    """The group's mean is subtracted, the step's deviation divides: REINFORCE++-baseline (Hu et al. 2025)."""
     flat = _centred(torch.cat(group_mean(groups)))
     return _like(groups, flat / _std(flat))
 

@@ -63,7 +63,7 @@ def masked(
     low: float,
     high: float,
 ) -> Weighed:
-    """c where low <= c <= high, else 0, a token: IcePop (Ring team 2025, "Every Step Evolves", eq. 2)."""
+    """c where low <= c <= high, else 0, a token: IcePop (Ling team 2025)."""
     return _keep_between(log_ratio(anchor_S, behaviour_S).exp(), low, high)
 
 
@@ -115,7 +115,7 @@ def total_variation_filter(
 def second_moment_filter(log_ratios: NDArray[np.float64], *, threshold: float) -> NDArray[np.bool_]:
     """Leaves out the tokens of largest (log c)^2 until the mean over those kept is at most `threshold`: M2PO.
 
-    Zheng et al. 2025, "Prosperity before Collapse", algorithm 1. log_ratios: [tokens of
+    Zheng et al. 2025, "Prosperity before Collapse". log_ratios: [tokens of
     the whole update] float64; unlike the others it looks at all rows at once. Returns
     what is kept: bool of the same length.
     """

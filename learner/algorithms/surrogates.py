@@ -30,7 +30,7 @@ def clipped(
         -min(u A, clip(u, 1 - clip_low, 1 + clip_high) A)
 
     With dual_clip = c > 1 the loss of a negative advantage is at most c |A| (Ye et al.
-    2020, eq. 5); 0 leaves it unbounded. Where a bound holds the token's gradient is 0.
+    2020); 0 leaves it unbounded. Where a bound holds the token's gradient is 0.
     """
     ratio_S = log_ratio_S.exp()
     bounded_S = ratio_S.clamp(1.0 - clip_low, 1.0 + clip_high)

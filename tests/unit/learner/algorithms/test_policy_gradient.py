@@ -136,7 +136,7 @@ def test_an_interpolated_proximal_policy_lies_before_the_learner_by_one_version(
 
 @pytest.mark.parametrize("seed", range(5))
 def test_an_answer_s_log_probability_is_rloo_s_loss(seed: int) -> None:
-    """Ahmadian et al. 2024, eq. 6: on-policy the gradient is -A grad log pi(y), averaged over answers."""
+    """Ahmadian et al. 2024: on-policy the gradient is -A grad log pi(y), averaged over answers."""
     case = on_policy(seed)
     _, gradient = our_loss(case, PRESETS[Preset.RLOO], behaviour_is_proximal=False)
     torch.testing.assert_close(gradient, -case.token_advantages / len(case.lengths))

@@ -10,6 +10,7 @@ from tests.unit.learner.coordinator.fakes import (
     join,
     make_message,
     make_scheduler,
+    publish,
     start,
 )
 
@@ -64,8 +65,7 @@ def test_every_step_may_drop_as_many_again() -> None:
         batch = run.batch()
         assert isinstance(batch, Batch)
         assert batch.group_ids == (kept,)
-        run.version = PolicyVersion(run.version.epoch, step + 1)
-        run.scheduler.lineage.published(run.version, f"digest of {run.version}", b"", "{}", (kept,))
+        run.version = publish(run.scheduler, PolicyVersion(run.version.epoch, step + 1))
 
 
 def test_refills_ahead_of_training_stay_within_the_lag_bound() -> None:

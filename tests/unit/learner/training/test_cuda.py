@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from learner.training.grpo import Grpo
 
+from learner.training.algorithm_config import AlgorithmConfig
 from learner.training.attention import packed_attention, row_layout
 from learner.training.checkpoint import Checkpoints
-from learner.training.config import Device, GrpoConfig, OptimizerConfig, Precision
+from learner.training.config import Device, OptimizerConfig, Precision
 from learner.training.model import load_policy
 from learner.training.optimizer import make_optimizer
 from learner.training.parallel import Ranks, open_ranks, place
+from learner.training.policy_gradient import PolicyGradient
 from learner.training.publish import Publisher
 from learner.training.updater import Updater
 from tests.tiny_policy import write_tiny_policy
@@ -54,6 +55,10 @@ def make_updater(folder: Path, ranks: Ranks, precision: Precision) -> Updater:
     return Updater(policy, optimizer, ranks, row_tokens=64, max_grad_norm=1.0)
 
 
+def make_algorithm(updater: Updater) -> PolicyGradient:
+    return PolicyGradient(updater, AlgorithmConfig(updates_per_step=2).recipe(), max_tokens=12, seed=0)
+
+
 @pytest.mark.parametrize("precision", list(Precision))
 def test_a_step_on_the_gpu_is_the_step_on_the_cpu(tmp_path: Path, precision: Precision) -> None:
     folder = write_tiny_policy(tmp_path / "policy", hidden_size=64)
@@ -64,10 +69,10 @@ def test_a_step_on_the_gpu_is_the_step_on_the_cpu(tmp_path: Path, precision: Pre
         stack.callback(ranks.close)
         updater = make_updater(folder, ranks, precision)
         assert next(updater.policy.parameters()).dtype == torch.float32
-        grpo = Grpo(updater, GrpoConfig(updates_per_step=2), seed=0)
-        reference = Grpo(make_updater(folder, cpu, Precision.FLOAT32), GrpoConfig(updates_per_step=2), seed=0)
+        algorithm = make_algorithm(updater)
+        reference = make_algorithm(make_updater(folder, cpu, Precision.FLOAT32))
         for step in range(3):
-            got = grpo.step(make_batch(step), VERSION, learning_rate=1e-3)
+            got = algorithm.step(make_batch(step), VERSION, learning_rate=1e-3)
             expected = reference.step(make_batch(step), VERSION, learning_rate=1e-3)
             assert not got.failure
             for name in ("loss", "kl", "entropy", "grad_norm"):
@@ -82,7 +87,7 @@ def test_a_step_on_the_gpu_is_the_step_on_the_cpu(tmp_path: Path, precision: Pre
         Checkpoints(tmp_path / "checkpoints", updater, keep=1).write(3)
         resumed = make_updater(folder, ranks, precision)
         assert Checkpoints(tmp_path / "checkpoints", resumed, keep=1).resume() == 3
-        again = Grpo(resumed, GrpoConfig(updates_per_step=2), seed=0)
+        again = make_algorithm(resumed)
         assert again.step(make_batch(3), VERSION, learning_rate=1e-3).metrics["loss"] == pytest.approx(
-            grpo.step(make_batch(3), VERSION, learning_rate=1e-3).metrics["loss"], abs=1e-6
+            algorithm.step(make_batch(3), VERSION, learning_rate=1e-3).metrics["loss"], abs=1e-6
         )
