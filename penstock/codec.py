@@ -27,12 +27,15 @@ from penstock.trajectory import (
 from penstock.v1 import coordinator_pb2, trajectory_pb2, weights_pb2
 from penstock.weights.manifest import (
     DIGEST_BYTES,
+    Delta,
     Manifest,
     Medium,
     SharedMemoryMedium,
+    Snapshot,
     TensorEntry,
     ZeromqMedium,
     check_manifest,
+    delta_digest,
 )
 
 _REWARD_STATUS = {
@@ -245,6 +248,8 @@ def manifest_to_wire(manifest: Manifest) -> weights_pb2.WeightManifest:
         chunk_digests=b"".join(manifest.chunk_digests),
         digest=manifest.digest,
         media=[_medium_to_wire(medium) for medium in manifest.media],
+        deltas=[_delta_to_wire(delta) for delta in manifest.deltas],
+        snapshot=None if manifest.snapshot is None else _snapshot_to_wire(manifest.snapshot),
     )
 
 
@@ -254,9 +259,6 @@ def manifest_from_wire(message: weights_pb2.WeightManifest) -> Manifest:
     Media of a kind that this program does not know are left out: a newer learner may
     offer more ways to the same bytes.
     """
-    digests = message.chunk_digests
-    if len(digests) % DIGEST_BYTES != 0:
-        raise ProtocolError(f"chunk_digests has {len(digests)} bytes; expected a multiple of {DIGEST_BYTES}")
     manifest = Manifest(
         version=version_from_wire(message.version),
         tensors=tuple(
@@ -271,27 +273,84 @@ def manifest_from_wire(message: weights_pb2.WeightManifest) -> Manifest:
         ),
         num_bytes=message.num_bytes,
         chunk_bytes=message.chunk_bytes,
-        chunk_digests=tuple(
-            digests[start : start + DIGEST_BYTES] for start in range(0, len(digests), DIGEST_BYTES)
-        ),
+        chunk_digests=_chunk_digests(message.chunk_digests),
         digest=message.digest,
         media=tuple(
             _medium_from_wire(medium) for medium in message.media if medium.WhichOneof("medium") is not None
         ),
+        deltas=tuple(_delta_from_wire(delta, message.chunk_bytes) for delta in message.deltas),
+        snapshot=_snapshot_from_wire(message) if message.HasField("snapshot") else None,
     )
     check_manifest(manifest)
     return manifest
 
 
+def _chunk_digests(digests: bytes) -> tuple[bytes, ...]:
+    if len(digests) % DIGEST_BYTES != 0:
+        raise ProtocolError(f"chunk_digests has {len(digests)} bytes; expected a multiple of {DIGEST_BYTES}")
+    return tuple(digests[start : start + DIGEST_BYTES] for start in range(0, len(digests), DIGEST_BYTES))
+
+
+def _delta_to_wire(delta: Delta) -> weights_pb2.WeightDelta:
+    return weights_pb2.WeightDelta(
+        version=version_to_wire(delta.version),
+        base_digest=delta.base,
+        result_digest=delta.result,
+        num_bytes=delta.num_bytes,
+        chunk_digests=b"".join(delta.chunk_digests),
+        segment=_segment_to_wire(delta.segment),
+    )
+
+
+def _delta_from_wire(message: weights_pb2.WeightDelta, chunk_bytes: int) -> Delta:
+    digests = _chunk_digests(message.chunk_digests)
+    return Delta(
+        version=version_from_wire(message.version),
+        base=message.base_digest,
+        result=message.result_digest,
+        num_bytes=message.num_bytes,
+        chunk_bytes=chunk_bytes,
+        chunk_digests=digests,
+        digest=delta_digest(message.base_digest, message.result_digest, chunk_bytes, digests),
+        segment=_segment_from_wire(message.segment),
+    )
+
+
+def _snapshot_to_wire(snapshot: Snapshot) -> weights_pb2.WeightSnapshot:
+    return weights_pb2.WeightSnapshot(
+        version=version_to_wire(snapshot.version),
+        digest=snapshot.digest,
+        chunk_digests=b"".join(snapshot.chunk_digests),
+        segment=_segment_to_wire(snapshot.segment),
+    )
+
+
+def _snapshot_from_wire(message: weights_pb2.WeightManifest) -> Snapshot:
+    return Snapshot(
+        version=version_from_wire(message.snapshot.version),
+        num_bytes=message.num_bytes,
+        chunk_bytes=message.chunk_bytes,
+        chunk_digests=_chunk_digests(message.snapshot.chunk_digests),
+        digest=message.snapshot.digest,
+        segment=_segment_from_wire(message.snapshot.segment),
+    )
+
+
+def _segment_to_wire(segment: SharedMemoryMedium) -> weights_pb2.SharedMemoryMedium:
+    return weights_pb2.SharedMemoryMedium(name=segment.name, nonce=segment.nonce)
+
+
+def _segment_from_wire(message: weights_pb2.SharedMemoryMedium) -> SharedMemoryMedium:
+    return SharedMemoryMedium(name=message.name, nonce=message.nonce)
+
+
 def _medium_to_wire(medium: Medium) -> weights_pb2.WeightMedium:
     if isinstance(medium, SharedMemoryMedium):
-        return weights_pb2.WeightMedium(
-            shared_memory=weights_pb2.SharedMemoryMedium(name=medium.name, nonce=medium.nonce)
-        )
+        return weights_pb2.WeightMedium(shared_memory=_segment_to_wire(medium))
     return weights_pb2.WeightMedium(zeromq=weights_pb2.ZeromqMedium(endpoint=medium.endpoint))
 
 
 def _medium_from_wire(message: weights_pb2.WeightMedium) -> Medium:
     if message.HasField("shared_memory"):
-        return SharedMemoryMedium(name=message.shared_memory.name, nonce=message.shared_memory.nonce)
+        return _segment_from_wire(message.shared_memory)
     return ZeromqMedium(endpoint=message.zeromq.endpoint)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from penstock.weights.manifest import HostTensor, Manifest, Medium
+from penstock.weights.manifest import Blob, HostTensor, Medium
 from penstock.weights.media.base import Chunk, Patience, WeightReceiver
 from penstock.weights.segment import segment_path
 from penstock.weights.staged import StagedWeights
@@ -32,6 +32,17 @@ def tensors(*, seed: int = 0) -> list[HostTensor]:
         tensor("half", (7, 3, 5), dtype="F16", seed=seed + 3),
         tensor("tail", (1, 999), dtype="BF16", seed=seed + 4),
     ]
+
+
+def moved(content: Sequence[HostTensor], step: int) -> list[HostTensor]:
+    """The tensors after an optimiser's step: in each of them an element or two one unit further."""
+    after = []
+    for each in content:
+        data = each.data.copy()
+        words = data.view({"F32": np.uint32, "BF16": np.uint16, "F16": np.uint16}[each.dtype])
+        words[step % 7 :: 997] += 1
+        after.append(HostTensor(name=each.name, dtype=each.dtype, shape=each.shape, data=data))
+    return after
 
 
 def assert_holds(staged: StagedWeights, expected: Sequence[HostTensor]) -> None:
@@ -65,10 +76,10 @@ class ObservedReceiver:
         return self._inner.medium
 
     def chunks(
-        self, manifest: Manifest, medium: Medium, indices: Sequence[int], patience: Patience
+        self, blob: Blob, medium: Medium, indices: Sequence[int], patience: Patience
     ) -> Iterator[Chunk]:
         self.asked.extend(indices)
-        for number, chunk in enumerate(self._inner.chunks(manifest, medium, indices, patience)):
+        for number, chunk in enumerate(self._inner.chunks(blob, medium, indices, patience)):
             if self._before is not None:
                 self._before(number)
             yield chunk

@@ -27,7 +27,7 @@ from penstock.v1 import trajectory_pb2 as penstock_dot_v1_dot_trajectory__pb2
 from penstock.v1 import weights_pb2 as penstock_dot_v1_dot_weights__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19penstock/v1/trainer.proto\x12\x0bpenstock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cpenstock/v1/trajectory.proto\x1a\x19penstock/v1/weights.proto\"\"\n\x12OpenLineageRequest\x12\x0c\n\x04step\x18\x01 \x01(\x04\"4\n\x13OpenLineageResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\"X\n\x10NextBatchRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\'\n\x04wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa9\x01\n\x11NextBatchResponse\x12+\n\x05group\x18\x01 \x01(\x0b\x32\x1a.penstock.v1.TrainingGroupH\x00\x12\'\n\x07waiting\x18\x02 \x01(\x0b\x32\x14.penstock.v1.WaitingH\x00\x12\x1c\n\x14\x63heckpoint_requested\x18\x03 \x01(\x08\x12\x16\n\x0estop_requested\x18\x04 \x01(\x08\x42\x08\n\x06\x61nswer\"d\n\rTrainingGroup\x12\x10\n\x08group_id\x18\x01 \x01(\x04\x12\x12\n\nnum_groups\x18\x02 \x01(\r\x12-\n\x0ctrajectories\x18\x03 \x03(\x0b\x32\x17.penstock.v1.Trajectory\"\x19\n\x07Waiting\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xf8\x01\n\x15PublishVersionRequest\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.penstock.v1.PolicyVersion\x12-\n\x08manifest\x18\x02 \x01(\x0b\x32\x1b.penstock.v1.WeightManifest\x12@\n\x07metrics\x18\x03 \x03(\x0b\x32/.penstock.v1.PublishVersionRequest.MetricsEntry\x12\x11\n\tgroup_ids\x18\x04 \x03(\x04\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x18\n\x16PublishVersionResponse\">\n\x0fSkipStepRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x12\n\x10SkipStepResponse\"T\n\x17RecordCheckpointRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\"\x1a\n\x18RecordCheckpointResponse\"/\n\x10\x46inishRunRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\"\x13\n\x11\x46inishRunResponse2\x81\x04\n\x0eTrainerService\x12P\n\x0bOpenLineage\x12\x1f.penstock.v1.OpenLineageRequest\x1a .penstock.v1.OpenLineageResponse\x12L\n\tNextBatch\x12\x1d.penstock.v1.NextBatchRequest\x1a\x1e.penstock.v1.NextBatchResponse0\x01\x12Y\n\x0ePublishVersion\x12\".penstock.v1.PublishVersionRequest\x1a#.penstock.v1.PublishVersionResponse\x12G\n\x08SkipStep\x12\x1c.penstock.v1.SkipStepRequest\x1a\x1d.penstock.v1.SkipStepResponse\x12_\n\x10RecordCheckpoint\x12$.penstock.v1.RecordCheckpointRequest\x1a%.penstock.v1.RecordCheckpointResponse\x12J\n\tFinishRun\x12\x1d.penstock.v1.FinishRunRequest\x1a\x1e.penstock.v1.FinishRunResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19penstock/v1/trainer.proto\x12\x0bpenstock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cpenstock/v1/trajectory.proto\x1a\x19penstock/v1/weights.proto\"\"\n\x12OpenLineageRequest\x12\x0c\n\x04step\x18\x01 \x01(\x04\"4\n\x13OpenLineageResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\"X\n\x10NextBatchRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\'\n\x04wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa9\x01\n\x11NextBatchResponse\x12+\n\x05group\x18\x01 \x01(\x0b\x32\x1a.penstock.v1.TrainingGroupH\x00\x12\'\n\x07waiting\x18\x02 \x01(\x0b\x32\x14.penstock.v1.WaitingH\x00\x12\x1c\n\x14\x63heckpoint_requested\x18\x03 \x01(\x08\x12\x16\n\x0estop_requested\x18\x04 \x01(\x08\x42\x08\n\x06\x61nswer\"d\n\rTrainingGroup\x12\x10\n\x08group_id\x18\x01 \x01(\x04\x12\x12\n\nnum_groups\x18\x02 \x01(\r\x12-\n\x0ctrajectories\x18\x03 \x03(\x0b\x32\x17.penstock.v1.Trajectory\"\x19\n\x07Waiting\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xf8\x01\n\x15PublishVersionRequest\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.penstock.v1.PolicyVersion\x12-\n\x08manifest\x18\x02 \x01(\x0b\x32\x1b.penstock.v1.WeightManifest\x12@\n\x07metrics\x18\x03 \x03(\x0b\x32/.penstock.v1.PublishVersionRequest.MetricsEntry\x12\x11\n\tgroup_ids\x18\x04 \x03(\x04\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"/\n\x16PublishVersionResponse\x12\x15\n\rdeltas_wanted\x18\x01 \x01(\x08\">\n\x0fSkipStepRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x12\n\x10SkipStepResponse\"T\n\x17RecordCheckpointRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\"\x1a\n\x18RecordCheckpointResponse\"/\n\x10\x46inishRunRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\"\x13\n\x11\x46inishRunResponse2\x81\x04\n\x0eTrainerService\x12P\n\x0bOpenLineage\x12\x1f.penstock.v1.OpenLineageRequest\x1a .penstock.v1.OpenLineageResponse\x12L\n\tNextBatch\x12\x1d.penstock.v1.NextBatchRequest\x1a\x1e.penstock.v1.NextBatchResponse0\x01\x12Y\n\x0ePublishVersion\x12\".penstock.v1.PublishVersionRequest\x1a#.penstock.v1.PublishVersionResponse\x12G\n\x08SkipStep\x12\x1c.penstock.v1.SkipStepRequest\x1a\x1d.penstock.v1.SkipStepResponse\x12_\n\x10RecordCheckpoint\x12$.penstock.v1.RecordCheckpointRequest\x1a%.penstock.v1.RecordCheckpointResponse\x12J\n\tFinishRun\x12\x1d.penstock.v1.FinishRunRequest\x1a\x1e.penstock.v1.FinishRunResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -53,19 +53,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PUBLISHVERSIONREQUEST_METRICSENTRY']._serialized_start=815
   _globals['_PUBLISHVERSIONREQUEST_METRICSENTRY']._serialized_end=861
   _globals['_PUBLISHVERSIONRESPONSE']._serialized_start=863
-  _globals['_PUBLISHVERSIONRESPONSE']._serialized_end=887
-  _globals['_SKIPSTEPREQUEST']._serialized_start=889
-  _globals['_SKIPSTEPREQUEST']._serialized_end=951
-  _globals['_SKIPSTEPRESPONSE']._serialized_start=953
-  _globals['_SKIPSTEPRESPONSE']._serialized_end=971
-  _globals['_RECORDCHECKPOINTREQUEST']._serialized_start=973
-  _globals['_RECORDCHECKPOINTREQUEST']._serialized_end=1057
-  _globals['_RECORDCHECKPOINTRESPONSE']._serialized_start=1059
-  _globals['_RECORDCHECKPOINTRESPONSE']._serialized_end=1085
-  _globals['_FINISHRUNREQUEST']._serialized_start=1087
-  _globals['_FINISHRUNREQUEST']._serialized_end=1134
-  _globals['_FINISHRUNRESPONSE']._serialized_start=1136
-  _globals['_FINISHRUNRESPONSE']._serialized_end=1155
-  _globals['_TRAINERSERVICE']._serialized_start=1158
-  _globals['_TRAINERSERVICE']._serialized_end=1671
+  _globals['_PUBLISHVERSIONRESPONSE']._serialized_end=910
+  _globals['_SKIPSTEPREQUEST']._serialized_start=912
+  _globals['_SKIPSTEPREQUEST']._serialized_end=974
+  _globals['_SKIPSTEPRESPONSE']._serialized_start=976
+  _globals['_SKIPSTEPRESPONSE']._serialized_end=994
+  _globals['_RECORDCHECKPOINTREQUEST']._serialized_start=996
+  _globals['_RECORDCHECKPOINTREQUEST']._serialized_end=1080
+  _globals['_RECORDCHECKPOINTRESPONSE']._serialized_start=1082
+  _globals['_RECORDCHECKPOINTRESPONSE']._serialized_end=1108
+  _globals['_FINISHRUNREQUEST']._serialized_start=1110
+  _globals['_FINISHRUNREQUEST']._serialized_end=1157
+  _globals['_FINISHRUNRESPONSE']._serialized_start=1159
+  _globals['_FINISHRUNRESPONSE']._serialized_end=1178
+  _globals['_TRAINERSERVICE']._serialized_start=1181
+  _globals['_TRAINERSERVICE']._serialized_end=1694
 # @@protoc_insertion_point(module_scope)

@@ -246,12 +246,17 @@ Global___PublishVersionRequest: _TypeAlias = PublishVersionRequest  # noqa: Y015
 class PublishVersionResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    DELTAS_WANTED_FIELD_NUMBER: _builtins.int
+    deltas_wanted: _builtins.bool
+    """Whether any actor fetches over the network, so that deltas are worth making."""
     def __init__(
         self,
+        *,
+        deltas_wanted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deltas_wanted", b"deltas_wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -72,6 +72,8 @@ class WeightManifest(_message.Message):
     CHUNK_DIGESTS_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     MEDIA_FIELD_NUMBER: _builtins.int
+    DELTAS_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
     num_bytes: _builtins.int
     chunk_bytes: _builtins.int
     chunk_digests: _builtins.bytes
@@ -86,6 +88,19 @@ class WeightManifest(_message.Message):
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightTensor]: ...
     @_builtins.property
     def media(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightMedium]: ...
+    @_builtins.property
+    def deltas(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightDelta]:
+        """A way to this version for who holds an older one, oldest first: each is made for
+        the result of the one before it, the last one makes this version. Their chunks, and
+        the snapshot's, are of chunk_bytes too, and come over ZeroMQ.
+        """
+
+    @_builtins.property
+    def snapshot(self) -> Global___WeightSnapshot:
+        """A version of the same tensors that stays for many publications; deltas lead from
+        it to this one. A receiver that holds nothing begins there.
+        """
+
     def __init__(
         self,
         *,
@@ -96,14 +111,89 @@ class WeightManifest(_message.Message):
         chunk_digests: _builtins.bytes = ...,
         digest: _builtins.str = ...,
         media: _abc.Iterable[Global___WeightMedium] | None = ...,
+        deltas: _abc.Iterable[Global___WeightDelta] | None = ...,
+        snapshot: Global___WeightSnapshot | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["snapshot", b"snapshot", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes", b"chunk_bytes", "chunk_digests", b"chunk_digests", "digest", b"digest", "media", b"media", "num_bytes", b"num_bytes", "tensors", b"tensors", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes", b"chunk_bytes", "chunk_digests", b"chunk_digests", "deltas", b"deltas", "digest", b"digest", "media", b"media", "num_bytes", b"num_bytes", "snapshot", b"snapshot", "tensors", b"tensors", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WeightManifest: _TypeAlias = WeightManifest  # noqa: Y015
+
+@_typing.final
+class WeightDelta(_message.Message):
+    """What makes one version of another. Defined in penstock/weights/delta.py."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    BASE_DIGEST_FIELD_NUMBER: _builtins.int
+    RESULT_DIGEST_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    CHUNK_DIGESTS_FIELD_NUMBER: _builtins.int
+    SEGMENT_FIELD_NUMBER: _builtins.int
+    base_digest: _builtins.str
+    """Digests, in hexadecimal, of the version that it is made for, and of the one that it makes."""
+    result_digest: _builtins.str
+    num_bytes: _builtins.int
+    chunk_digests: _builtins.bytes
+    @_builtins.property
+    def version(self) -> _trajectory_pb2.PolicyVersion:
+        """The version that it makes."""
+
+    @_builtins.property
+    def segment(self) -> Global___SharedMemoryMedium:
+        """Where the learner's host keeps it."""
+
+    def __init__(
+        self,
+        *,
+        version: _trajectory_pb2.PolicyVersion | None = ...,
+        base_digest: _builtins.str = ...,
+        result_digest: _builtins.str = ...,
+        num_bytes: _builtins.int = ...,
+        chunk_digests: _builtins.bytes = ...,
+        segment: Global___SharedMemoryMedium | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["segment", b"segment", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "chunk_digests", b"chunk_digests", "num_bytes", b"num_bytes", "result_digest", b"result_digest", "segment", b"segment", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WeightDelta: _TypeAlias = WeightDelta  # noqa: Y015
+
+@_typing.final
+class WeightSnapshot(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    CHUNK_DIGESTS_FIELD_NUMBER: _builtins.int
+    SEGMENT_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    chunk_digests: _builtins.bytes
+    @_builtins.property
+    def version(self) -> _trajectory_pb2.PolicyVersion: ...
+    @_builtins.property
+    def segment(self) -> Global___SharedMemoryMedium: ...
+    def __init__(
+        self,
+        *,
+        version: _trajectory_pb2.PolicyVersion | None = ...,
+        digest: _builtins.str = ...,
+        chunk_digests: _builtins.bytes = ...,
+        segment: Global___SharedMemoryMedium | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["segment", b"segment", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_digests", b"chunk_digests", "digest", b"digest", "segment", b"segment", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WeightSnapshot: _TypeAlias = WeightSnapshot  # noqa: Y015
 
 @_typing.final
 class WeightMedium(_message.Message):
@@ -194,25 +284,23 @@ class ChunkRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DIGEST_FIELD_NUMBER: _builtins.int
-    VERSION_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
     INDEX_FIELD_NUMBER: _builtins.int
     digest: _builtins.bytes
-    """32 bytes."""
+    """32 bytes: the chunk's."""
+    source: _builtins.bytes
+    """32 bytes: the digest of the version, snapshot or delta that it is a chunk of."""
     index: _builtins.int
-    @_builtins.property
-    def version(self) -> _trajectory_pb2.PolicyVersion:
-        """Which version's buffer to look in."""
-
     def __init__(
         self,
         *,
         digest: _builtins.bytes = ...,
-        version: _trajectory_pb2.PolicyVersion | None = ...,
+        source: _builtins.bytes = ...,
         index: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "index", b"index", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "index", b"index", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -222,24 +310,24 @@ Global___ChunkRequest: _TypeAlias = ChunkRequest  # noqa: Y015
 class ChunkHeader(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    SOURCE_FIELD_NUMBER: _builtins.int
     INDEX_FIELD_NUMBER: _builtins.int
     FOUND_FIELD_NUMBER: _builtins.int
-    VERSION_FIELD_NUMBER: _builtins.int
+    source: _builtins.bytes
+    """As asked."""
     index: _builtins.int
     found: _builtins.bool
-    """False when the version is held no more: ask for a newer manifest."""
-    @_builtins.property
-    def version(self) -> _trajectory_pb2.PolicyVersion: ...
+    """False when the source is held no more: ask for a newer manifest."""
     def __init__(
         self,
         *,
+        source: _builtins.bytes = ...,
         index: _builtins.int = ...,
         found: _builtins.bool = ...,
-        version: _trajectory_pb2.PolicyVersion | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["found", b"found", "index", b"index", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["found", b"found", "index", b"index", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

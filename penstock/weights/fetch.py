@@ -1,7 +1,8 @@
 """Brings a version to this process: whole and verified, or not at all.
 
 Two buffers take turns: what was fetched last stays intact while the next version is
-staged in the other. A chunk that either buffer holds already is not fetched again.
+staged in the other. A chunk that either buffer holds already is not fetched again, and
+from another host deltas are fetched instead of what they can make.
 """
 
 from __future__ import annotations
@@ -9,13 +10,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Sequence
 
 from penstock.errors import WeightTransferError
-from penstock.weights.manifest import Manifest, Medium, verify_chunk
+from penstock.weights.buffer import ChunkBuffer
+from penstock.weights.catching_up import CatchingUp
+from penstock.weights.manifest import Manifest, Medium, SharedMemoryMedium
 from penstock.weights.media.base import Patience, WeightReceiver
 from penstock.weights.media.shared_memory import SharedMemoryReceiver
 from penstock.weights.media.zeromq import ZeromqReceiver
@@ -38,8 +38,9 @@ class WeightFetcher:
         self._receivers: dict[type[Medium], WeightReceiver] = {
             receiver.medium: receiver for receiver in given
         }
-        self._newest = _Buffer()
-        self._spare = _Buffer()
+        self._newest = ChunkBuffer()
+        self._spare = ChunkBuffer()
+        self._catching_up = CatchingUp()
 
     def fetch(
         self, manifest: Manifest, *, timeout_seconds: float, abandoned: threading.Event | None = None
@@ -56,13 +57,13 @@ class WeightFetcher:
         staging.prepare(manifest, self._newest)
         self._fetch_missing(manifest, staging, patience)
         self._newest, self._spare = staging, self._newest
-        return StagedWeights(manifest=manifest, buffer=staging.packed())
+        return StagedWeights(manifest=manifest, buffer=staging.packed)
 
     def close(self) -> None:
         for receiver in self._receivers.values():
             receiver.close()
 
-    def _fetch_missing(self, manifest: Manifest, staging: _Buffer, patience: Patience) -> None:
+    def _fetch_missing(self, manifest: Manifest, staging: ChunkBuffer, patience: Patience) -> None:
         failures: list[str] = []
         for medium in manifest.media:
             if not staging.missing():
@@ -71,6 +72,8 @@ class WeightFetcher:
             if receiver is None:
                 continue
             try:
+                if not isinstance(medium, SharedMemoryMedium):
+                    self._take_deltas(receiver, medium, staging, patience)
                 _fetch_over(receiver, medium, manifest, staging, patience)
             except WeightTransferError as error:
                 patience.check(f"version {manifest.version}")
@@ -82,9 +85,19 @@ class WeightFetcher:
                 f"did not arrive: {'; '.join(failures) or 'no medium of it is known here'}"
             )
 
+    def _take_deltas(
+        self, receiver: WeightReceiver, medium: Medium, staging: ChunkBuffer, patience: Patience
+    ) -> None:
+        """Makes what deltas make of the version that is held. What they do not make stays missing."""
+        try:
+            self._catching_up.advance(receiver, medium, self._newest, staging, patience)
+        except WeightTransferError as error:
+            patience.check("deltas")
+            _log.warning("no deltas: %s; fetching the version whole", error)
+
 
 def _fetch_over(
-    receiver: WeightReceiver, medium: Medium, manifest: Manifest, staging: _Buffer, patience: Patience
+    receiver: WeightReceiver, medium: Medium, manifest: Manifest, staging: ChunkBuffer, patience: Patience
 ) -> None:
     """Asks twice: a chunk that the trainer overwrote as it was read is corrupt, then gone."""
     for _ in range(_ATTEMPTS_PER_MEDIUM):
@@ -96,65 +109,3 @@ def _fetch_over(
     raise WeightTransferError(
         f"{len(staging.missing())} chunks arrived with another digest than the manifest's"
     )
-
-
-class _Buffer:
-    """One version's bytes, and which of its chunks are verified to be there."""
-
-    def __init__(self) -> None:
-        self._data: NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
-        self._manifest: Manifest | None = None
-        self._present: list[bool] = []
-
-    def prepare(self, manifest: Manifest, other: _Buffer) -> None:
-        """Makes room for a version, keeping or copying the chunks that are held already."""
-        kept = self._held_at_same_place(manifest)
-        if self._data.size < manifest.num_bytes:
-            self._data = np.zeros(manifest.num_bytes, dtype=np.uint8)
-            kept = set()
-        elsewhere = other.chunks_by_digest()
-        present = [index in kept for index in range(len(manifest.chunk_digests))]
-        for index, digest in enumerate(manifest.chunk_digests):
-            source = None if present[index] else elsewhere.get(digest)
-            where = manifest.chunk(index)
-            if source is not None and source.size == where.stop - where.start:
-                self._data[where] = source
-                present[index] = True
-        self._manifest, self._present = manifest, present
-
-    def missing(self) -> list[int]:
-        return [index for index, present in enumerate(self._present) if not present]
-
-    def put(self, index: int, data: NDArray[np.uint8]) -> None:
-        """Copies a chunk in, then verifies the copy."""
-        assert self._manifest is not None
-        where = self._manifest.chunk(index)
-        if data.size != where.stop - where.start:
-            return
-        self._data[where] = data
-        self._present[index] = verify_chunk(self._manifest, index, self._data[where])
-
-    def chunks_by_digest(self) -> dict[bytes, NDArray[np.uint8]]:
-        if self._manifest is None:
-            return {}
-        return {
-            digest: self._data[self._manifest.chunk(index)]
-            for index, digest in enumerate(self._manifest.chunk_digests)
-            if self._present[index]
-        }
-
-    def packed(self) -> NDArray[np.uint8]:
-        assert self._manifest is not None
-        return self._data[: self._manifest.num_bytes]
-
-    def _held_at_same_place(self, manifest: Manifest) -> set[int]:
-        """Chunks that this buffer holds where the new version wants them, in chunks of the same size."""
-        old = self._manifest
-        if old is None or old.chunk_bytes != manifest.chunk_bytes:
-            return set()
-        pairs: Iterable[tuple[bytes, bytes]] = zip(old.chunk_digests, manifest.chunk_digests, strict=False)
-        return {
-            index
-            for index, (held, wanted) in enumerate(pairs)
-            if held == wanted and self._present[index] and old.chunk(index) == manifest.chunk(index)
-        }

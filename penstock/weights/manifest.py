@@ -36,7 +36,10 @@ DIGEST_BYTES = 32
 DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 """Bytes an element, by safetensors' name of the dtype."""
 
+MAX_DELTAS = 64
+
 _PREAMBLE = b"penstock weights 1\n"
+_DELTA_PREAMBLE = b"penstock delta 1\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,19 +68,54 @@ Medium = SharedMemoryMedium | ZeromqMedium
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
+class Blob:
+    """Bytes that are fetched in chunks, each named by its digest."""
+
     version: PolicyVersion
-    tensors: tuple[TensorEntry, ...]
+    """The version that the bytes are, or make."""
     num_bytes: int
     chunk_bytes: int
     chunk_digests: tuple[bytes, ...]
     digest: str
-    media: tuple[Medium, ...] = ()
+    """Names these bytes, in hexadecimal."""
 
     def chunk(self, index: int) -> slice:
         """Where chunk `index` lies in the buffer."""
         start = index * self.chunk_bytes
         return slice(start, min(start + self.chunk_bytes, self.num_bytes))
+
+    def origin(self, index: int) -> tuple[str, int]:
+        """The digest of the blob that a server knows, and the chunk's index in it."""
+        return self.digest, index
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot(Blob):
+    """A version with the same tensors as the manifest's, that stays for many publications."""
+
+    segment: SharedMemoryMedium
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta(Blob):
+    """What makes one version of another: penstock/weights/delta.py."""
+
+    base: str
+    """Digest of the version that it is applied to."""
+    result: str
+    """Digest of the version that it makes."""
+    segment: SharedMemoryMedium
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest(Blob):
+    """A version, and the ways to it."""
+
+    tensors: tuple[TensorEntry, ...]
+    media: tuple[Medium, ...] = ()
+    deltas: tuple[Delta, ...] = ()
+    """Each made for the result of the one before it; the last one makes this version."""
+    snapshot: Snapshot | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -147,10 +185,18 @@ def table_digest(tensors: Sequence[TensorEntry], chunk_bytes: int, chunk_digests
     return digest.hexdigest()
 
 
-def verify_chunk(manifest: Manifest, index: int, data: NDArray[np.uint8]) -> bool:
-    """Whether `data` is chunk `index` of the manifest, to the bit."""
-    where = manifest.chunk(index)
-    return data.size == where.stop - where.start and chunk_digest(data) == manifest.chunk_digests[index]
+def delta_digest(base: str, result: str, chunk_bytes: int, chunk_digests: Sequence[bytes]) -> str:
+    """The digest that names a delta, in hexadecimal."""
+    digest = blake3(_DELTA_PREAMBLE)
+    digest.update(_text(base) + _text(result) + _integers(chunk_bytes, len(chunk_digests)))
+    digest.update(b"".join(chunk_digests))
+    return digest.hexdigest()
+
+
+def verify_chunk(blob: Blob, index: int, data: NDArray[np.uint8]) -> bool:
+    """Whether `data` is chunk `index` of the blob, to the bit."""
+    where = blob.chunk(index)
+    return data.size == where.stop - where.start and chunk_digest(data) == blob.chunk_digests[index]
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -160,19 +206,55 @@ def check_manifest(manifest: Manifest) -> None:
             f"manifest has chunks of {manifest.chunk_bytes} bytes; expected {ALIGNMENT} to {MAX_CHUNK_BYTES}"
         )
     _check_tensors(manifest)
-    expected_chunks = num_chunks(manifest.num_bytes, manifest.chunk_bytes)
-    if len(manifest.chunk_digests) != expected_chunks:
-        raise ProtocolError(
-            f"manifest has {len(manifest.chunk_digests)} chunk digests for {manifest.num_bytes} bytes "
-            f"in chunks of {manifest.chunk_bytes}; expected {expected_chunks}"
-        )
-    if any(len(digest) != DIGEST_BYTES for digest in manifest.chunk_digests):
-        raise ProtocolError(f"manifest has a chunk digest that is not of {DIGEST_BYTES} bytes")
+    _check_chunks(manifest)
     digest = table_digest(manifest.tensors, manifest.chunk_bytes, manifest.chunk_digests)
     if manifest.digest != digest:
         raise ProtocolError(
             f"manifest of version {manifest.version} says digest {manifest.digest!r}, but its tensor table "
             f"and chunk digests make {digest!r}; ask for the manifest again"
+        )
+    _check_deltas(manifest)
+    if manifest.snapshot is not None:
+        _check_snapshot(manifest, manifest.snapshot)
+
+
+def _check_chunks(blob: Blob) -> None:
+    expected = num_chunks(blob.num_bytes, blob.chunk_bytes)
+    if len(blob.chunk_digests) != expected:
+        raise ProtocolError(
+            f"manifest has {len(blob.chunk_digests)} chunk digests for {blob.num_bytes} bytes "
+            f"in chunks of {blob.chunk_bytes}; expected {expected}"
+        )
+    if any(len(digest) != DIGEST_BYTES for digest in blob.chunk_digests):
+        raise ProtocolError(f"manifest has a chunk digest that is not of {DIGEST_BYTES} bytes")
+
+
+def _check_deltas(manifest: Manifest) -> None:
+    if len(manifest.deltas) > MAX_DELTAS:
+        raise ProtocolError(f"manifest has {len(manifest.deltas)} deltas; expected at most {MAX_DELTAS}")
+    needed = [*(delta.base for delta in manifest.deltas), manifest.digest][1:]
+    for delta, following in zip(manifest.deltas, needed, strict=True):
+        _check_chunks(delta)
+        if not 0 < delta.num_bytes <= manifest.num_bytes or delta.chunk_bytes != manifest.chunk_bytes:
+            raise ProtocolError(
+                f"the delta to version {delta.version} has {delta.num_bytes} bytes in chunks of "
+                f"{delta.chunk_bytes}; expected at most the version's {manifest.num_bytes}, and its chunks"
+            )
+        if delta.result != following:
+            raise ProtocolError(
+                f"the delta to version {delta.version} makes {delta.result!r}, and what follows it needs "
+                f"{following!r}"
+            )
+
+
+def _check_snapshot(manifest: Manifest, snapshot: Snapshot) -> None:
+    _check_chunks(snapshot)
+    digest = table_digest(manifest.tensors, manifest.chunk_bytes, snapshot.chunk_digests)
+    sizes = snapshot.num_bytes, snapshot.chunk_bytes
+    if (digest, manifest.num_bytes, manifest.chunk_bytes) != (snapshot.digest, *sizes):
+        raise ProtocolError(
+            f"the snapshot of version {snapshot.version} says digest {snapshot.digest!r} and sizes {sizes}; with "
+            f"the manifest's tensors its chunk digests make {digest!r}"
         )
 
 

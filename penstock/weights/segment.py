@@ -21,7 +21,7 @@ import re
 import secrets
 import stat
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ from penstock.weights.manifest import (
     HostTensor,
     Manifest,
     SharedMemoryMedium,
+    TensorEntry,
     chunk_digest,
     num_chunks,
     pack,
@@ -142,8 +143,9 @@ class SegmentRing:
         self._num_segments = num_segments
         self._chunk_bytes = chunk_bytes
         self._segments: list[OwnedSegment] = []
-        self._next = 0
-        self._newest: _Written | None = None
+        """The longest written first."""
+        self._kept: OwnedSegment | None = None
+        self.newest: Written | None = None
         _remove_stale(name_prefix)
 
     def write(self, version: PolicyVersion, tensors: Sequence[HostTensor]) -> Manifest:
@@ -153,16 +155,27 @@ class SegmentRing:
         WeightTransferError when there is no room anywhere.
         """
         entries, num_bytes = plan_layout(tensors)
-        owned = self._oldest(num_bytes)
-        segment = owned.segment
+        return self.fill(version, entries, num_bytes, lambda payload: pack(payload, entries, tensors))
+
+    def fill(
+        self,
+        version: PolicyVersion,
+        entries: tuple[TensorEntry, ...],
+        num_bytes: int,
+        write: Callable[[NDArray[np.uint8]], None],
+    ) -> Manifest:
+        """Has a version written into the oldest segment, and describes it.
+
+        write: fills [num_bytes] uint8 with the packed tensors. If it raises, no version has that segment.
+        """
+        segment = self._oldest(num_bytes).segment
         segment.set_nonce(bytes(NONCE_BYTES))
         payload = segment.payload[:num_bytes]
-        pack(payload, entries, tensors)
+        write(payload)
         digests = self._digests(payload)
         nonce = secrets.token_bytes(NONCE_BYTES)
         segment.set_nonce(nonce)
-        self._newest = _Written(payload, digests)
-        return Manifest(
+        manifest = Manifest(
             version=version,
             tensors=entries,
             num_bytes=num_bytes,
@@ -171,43 +184,52 @@ class SegmentRing:
             digest=table_digest(entries, self._chunk_bytes, digests),
             media=(SharedMemoryMedium(name=segment.name, nonce=nonce.hex()),),
         )
+        self.newest = Written(manifest, payload)
+        return manifest
+
+    def keep_newest(self) -> None:
+        """The newest version's segment is not reused until another one is kept."""
+        assert self._num_segments > 2, "one to keep, the newest, and one to write to"
+        self._kept = self._segments[-1]
 
     def close(self) -> None:
         """Removes the files; who has them mapped keeps the bytes. May be called twice."""
-        self._newest = None
+        self.newest = None
         while self._segments:
             self._segments.pop().remove()
 
     def _oldest(self, num_bytes: int) -> OwnedSegment:
+        """The segment to write to, which then counts as written last."""
         if len(self._segments) < self._num_segments:
-            self._segments.append(create_segment(self._prefix, num_bytes))
-            return self._segments[-1]
-        index = self._next
-        self._next = (index + 1) % self._num_segments
-        if self._segments[index].segment.capacity < num_bytes:
-            self._segments[index].remove()
-            self._segments[index] = create_segment(self._prefix, num_bytes)
-        return self._segments[index]
+            oldest = create_segment(self._prefix, num_bytes)
+        else:
+            oldest = next(each for each in self._segments if each is not self._kept)
+            self._segments.remove(oldest)
+            if oldest.segment.capacity < num_bytes:
+                oldest.remove()
+                oldest = create_segment(self._prefix, num_bytes)
+        self._segments.append(oldest)
+        return oldest
 
     def _digests(self, payload: NDArray[np.uint8]) -> tuple[bytes, ...]:
-        newest = self._newest
+        newest = self.newest
         digests = []
         for index in range(num_chunks(payload.size, self._chunk_bytes)):
             where = slice(index * self._chunk_bytes, (index + 1) * self._chunk_bytes)
             chunk = payload[where]
             if newest is not None and _equal(chunk, newest.payload[where]):
-                digests.append(newest.digests[index])
+                digests.append(newest.manifest.chunk_digests[index])
             else:
                 digests.append(chunk_digest(chunk))
         return tuple(digests)
 
 
-class _Written:
+class Written:
     """What the newest segment holds."""
 
-    def __init__(self, payload: NDArray[np.uint8], digests: tuple[bytes, ...]) -> None:
+    def __init__(self, manifest: Manifest, payload: NDArray[np.uint8]) -> None:
+        self.manifest = manifest
         self.payload = payload
-        self.digests = digests
 
 
 class OwnedSegment:

@@ -1,4 +1,4 @@
-"""What a medium is, to a receiver: a way to the chunks of one version."""
+"""What a medium is, to a receiver: a way to the chunks of a version or a delta."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.errors import WeightTransferError
-from penstock.weights.manifest import Manifest, Medium
+from penstock.weights.manifest import Blob, Medium
 
 Chunk = tuple[int, NDArray[np.uint8]]
 """A chunk's index, and its bytes: valid until the next one is asked for, and not yet verified."""
@@ -43,7 +43,7 @@ class WeightReceiver(Protocol):
         ...
 
     def chunks(
-        self, manifest: Manifest, medium: Medium, indices: Sequence[int], patience: Patience
+        self, blob: Blob, medium: Medium, indices: Sequence[int], patience: Patience
     ) -> Iterator[Chunk]:
         """Brings each of `indices` once, in any order, or raises WeightTransferError.
 

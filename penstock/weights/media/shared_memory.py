@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from penstock.errors import WeightTransferError
-from penstock.weights.manifest import Manifest, Medium, SharedMemoryMedium
+from penstock.weights.manifest import Blob, Medium, SharedMemoryMedium
 from penstock.weights.media.base import Chunk, Patience
 from penstock.weights.segment import Segment, open_segment
 
@@ -22,16 +22,16 @@ class SharedMemoryReceiver:
         return SharedMemoryMedium
 
     def chunks(
-        self, manifest: Manifest, medium: Medium, indices: Sequence[int], patience: Patience
+        self, blob: Blob, medium: Medium, indices: Sequence[int], patience: Patience
     ) -> Iterator[Chunk]:
         assert isinstance(medium, SharedMemoryMedium)
-        segment = self._map(medium, manifest.num_bytes)
+        segment = self._map(medium, blob.num_bytes)
         payload = segment.payload
         for index in indices:
             patience.check("shared memory")
-            _check_nonce(segment, medium, manifest)
-            yield index, payload[manifest.chunk(index)]
-        _check_nonce(segment, medium, manifest)
+            _check_nonce(segment, medium, blob)
+            yield index, payload[blob.chunk(index)]
+        _check_nonce(segment, medium, blob)
 
     def close(self) -> None:
         self._mapped.clear()
@@ -46,9 +46,9 @@ class SharedMemoryReceiver:
         return segment
 
 
-def _check_nonce(segment: Segment, medium: SharedMemoryMedium, manifest: Manifest) -> None:
+def _check_nonce(segment: Segment, medium: SharedMemoryMedium, blob: Blob) -> None:
     if segment.nonce != medium.nonce:
         raise WeightTransferError(
-            f"segment {medium.name} does not hold version {manifest.version} (any more): its nonce is "
+            f"segment {medium.name} does not hold version {blob.version} (any more): its nonce is "
             f"{segment.nonce}, expected {medium.nonce}; fetch a newer version"
         )

@@ -23,13 +23,16 @@ from google.protobuf.message import DecodeError
 
 from penstock.errors import ConfigError, WeightTransferError
 from penstock.trajectory import PolicyVersion
-from penstock.v1 import trajectory_pb2, weights_pb2
+from penstock.v1 import weights_pb2
 from penstock.weights.manifest import (
     DIGEST_BYTES,
     MAX_CHUNK_BYTES,
+    Blob,
+    Delta,
     Manifest,
     Medium,
     SharedMemoryMedium,
+    Snapshot,
     ZeromqMedium,
 )
 from penstock.weights.media.base import Chunk, Patience
@@ -62,27 +65,31 @@ class ServerStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Held:
-    manifest: Manifest
-    medium: SharedMemoryMedium
+    """A version, snapshot or delta, where it lies on this host."""
+
+    blob: Blob
+    nonce: str
     segment: Segment
 
     def has(self, request: weights_pb2.ChunkRequest) -> bool:
-        digests = self.manifest.chunk_digests
+        digests = self.blob.chunk_digests
         return (
             request.index < len(digests)
             and digests[request.index] == request.digest
-            and self.segment.nonce == self.medium.nonce
+            and self.segment.nonce == self.nonce
         )
 
 
 class ZeromqServer:
-    """Serves the newest versions from the trainer's segments, in a thread of its own."""
+    """Serves the newest versions and what leads to them from the trainer's segments, in a thread of its own."""
 
     def __init__(self, bind: str, *, num_versions: int = 4) -> None:
         """Listens on `bind`, "tcp://HOST:PORT"; port 0 takes a free one. Raises ConfigError."""
         self._num_versions = num_versions
-        self._held: dict[PolicyVersion, _Held] = {}
-        self._lock = threading.Lock()
+        self._versions: dict[PolicyVersion, _Held] = {}
+        self._ways: dict[str, _Held] = {}
+        self._held: dict[str, _Held] = {}
+        """By the blob's digest: `_versions` and `_ways`. Replaced as a whole."""
         self._closing = threading.Event()
         self._num_requests = self._num_chunks = self._num_bytes = 0
         self._num_missing = self._num_malformed = 0
@@ -93,27 +100,41 @@ class ZeromqServer:
         self._thread.start()
 
     def add(self, manifest: Manifest) -> None:
-        """Serves a version from its segment, and forgets the oldest beyond `num_versions`.
+        """Serves a version, its deltas and its snapshot; forgets the oldest beyond `num_versions`.
 
-        Raises WeightTransferError if the segment is not on this host or was overwritten.
+        Raises WeightTransferError if the version's segment is not on this host or was overwritten.
         """
         medium = next((each for each in manifest.media if isinstance(each, SharedMemoryMedium)), None)
         if medium is None:
             raise WeightTransferError(f"version {manifest.version} has no shared memory to serve it from")
-        segment = open_segment(medium, manifest.num_bytes)
-        if segment.nonce != medium.nonce:
-            raise WeightTransferError(
-                f"segment {medium.name} does not hold version {manifest.version} (any more)"
-            )
-        with self._lock:
-            self._held[manifest.version] = _Held(manifest=manifest, medium=medium, segment=segment)
-            for version in sorted(self._held)[: -self._num_versions]:
-                del self._held[version]
+        self._versions[manifest.version] = _hold(manifest, medium)
+        for version in sorted(self._versions)[: -self._num_versions]:
+            del self._versions[version]
+        snapshots = () if manifest.snapshot is None else (manifest.snapshot,)
+        self._ways = dict(self._ways_to(*snapshots, *manifest.deltas))
+        self._replace_held()
+
+    def _ways_to(self, *blobs: Snapshot | Delta) -> Iterator[tuple[str, _Held]]:
+        for blob in blobs:
+            known = self._ways.get(blob.digest)
+            if known is not None and known.nonce == blob.segment.nonce:
+                yield blob.digest, known
+                continue
+            try:
+                yield blob.digest, _hold(blob, blob.segment)
+            except WeightTransferError as error:
+                _log.warning(
+                    "late actors cannot take the way over version %s, but the whole: %s", blob.version, error
+                )
+
+    def _replace_held(self) -> None:
+        self._held = {held.blob.digest: held for held in self._versions.values()} | self._ways
 
     def remove(self, version: PolicyVersion) -> None:
         """Stops serving a version; receivers are told that it is not held."""
-        with self._lock:
-            self._held.pop(version, None)
+        self._versions.pop(version, None)
+        self._ways = {}
+        self._replace_held()
 
     def stats(self) -> ServerStats:
         return ServerStats(
@@ -128,8 +149,7 @@ class ZeromqServer:
         """Stops serving. May be called twice."""
         self._closing.set()
         self._thread.join()
-        with self._lock:
-            self._held.clear()
+        self._versions, self._ways, self._held = {}, {}, {}
 
     def _serve(self) -> None:
         try:
@@ -146,16 +166,15 @@ class ZeromqServer:
             self._num_malformed += 1
             return
         self._num_requests += 1
-        with self._lock:
-            held = self._held.get(PolicyVersion(request.version.epoch, request.version.step))
+        held = self._held.get(request.source.hex())
         found = held is not None and held.has(request)
-        header = weights_pb2.ChunkHeader(index=request.index, found=found, version=request.version)
+        header = weights_pb2.ChunkHeader(source=request.source, index=request.index, found=found)
         prefix = [frames[0], header.SerializeToString()]
         if held is None or not found:
             self._num_missing += 1
             self._socket.send_multipart([*prefix, b""])
             return
-        chunk = held.segment.payload[held.manifest.chunk(request.index)]
+        chunk = held.segment.payload[held.blob.chunk(request.index)]
         # Sent from the mapped segment. Should the trainer overwrite it meanwhile, the receiver
         # sees another digest and asks again, and then the nonce tells us that it is gone.
         self._num_chunks += 1
@@ -180,12 +199,12 @@ class ZeromqReceiver:
         return ZeromqMedium
 
     def chunks(
-        self, manifest: Manifest, medium: Medium, indices: Sequence[int], patience: Patience
+        self, blob: Blob, medium: Medium, indices: Sequence[int], patience: Patience
     ) -> Iterator[Chunk]:
         assert isinstance(medium, ZeromqMedium)
         socket = _dealer(self._context, medium.endpoint)
         try:
-            yield from self._pull(socket, manifest, medium, indices, patience)
+            yield from self._pull(socket, blob, medium, indices, patience)
         finally:
             socket.close()
 
@@ -195,13 +214,13 @@ class ZeromqReceiver:
     def _pull(
         self,
         socket: zmq.Socket[bytes],
-        manifest: Manifest,
+        blob: Blob,
         medium: ZeromqMedium,
         indices: Sequence[int],
         patience: Patience,
     ) -> Iterator[Chunk]:
-        requests = _Requests(socket, manifest, indices)
-        waiting_for = f"{medium.endpoint} to send version {manifest.version}"
+        requests = _Requests(socket, blob, indices)
+        waiting_for = f"{medium.endpoint} to send version {blob.version}"
         progress = resent = time.monotonic()
         while requests.fill():
             patience.check(waiting_for)
@@ -224,21 +243,23 @@ class ZeromqReceiver:
 class _Requests:
     """The chunks that are still to be asked for, and those that are asked for."""
 
-    def __init__(self, socket: zmq.Socket[bytes], manifest: Manifest, indices: Sequence[int]) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], blob: Blob, indices: Sequence[int]) -> None:
         self._socket = socket
-        self._manifest = manifest
+        self._blob = blob
         self._todo = list(reversed(indices))
-        self._outstanding: set[int] = set()
+        self._outstanding: dict[tuple[bytes, int], int] = {}
+        """Indices that are asked for, by how the server knows them."""
 
     def fill(self) -> bool:
         """Sends requests as far as the credits go. False when every chunk is here."""
         while self._todo and len(self._outstanding) < CREDITS:
-            self._outstanding.add(self._todo[-1])
-            self._send(self._todo.pop())
+            index = self._todo.pop()
+            self._outstanding[self._origin(index)] = index
+            self._send(index)
         return bool(self._outstanding)
 
     def resend(self) -> None:
-        for index in sorted(self._outstanding):
+        for index in sorted(self._outstanding.values()):
             self._send(index)
 
     def receive(self) -> Chunk | None:
@@ -247,27 +268,37 @@ class _Requests:
         if len(frames) != 2:
             raise WeightTransferError(f"an answer of {len(frames)} frames; expected a header and a chunk")
         header = _parse_header(frames[0].bytes)
-        if header.index not in self._outstanding:
+        index = self._outstanding.get((header.source, header.index))
+        if index is None:
             return None
         if not header.found:
             raise WeightTransferError(
-                f"the server holds version {self._manifest.version} no more; fetch a newer version"
+                f"the server holds version {self._blob.version} no more; fetch a newer version"
             )
-        self._outstanding.remove(header.index)
-        return header.index, np.frombuffer(frames[1].buffer, dtype=np.uint8)
+        del self._outstanding[header.source, header.index]
+        return index, np.frombuffer(frames[1].buffer, dtype=np.uint8)
 
     def _send(self, index: int) -> None:
-        version = self._manifest.version
+        source, source_index = self._origin(index)
         request = weights_pb2.ChunkRequest(
-            digest=self._manifest.chunk_digests[index],
-            version=trajectory_pb2.PolicyVersion(epoch=version.epoch, step=version.step),
-            index=index,
+            digest=self._blob.chunk_digests[index], source=source, index=source_index
         )
         try:
             self._socket.send(request.SerializeToString(), zmq.NOBLOCK)
         except zmq.Again:
             # The queue to a server that is not there is full; `resend` comes back to it.
             _log.debug("request for chunk %d is held back: the queue is full", index)
+
+    def _origin(self, index: int) -> tuple[bytes, int]:
+        digest, source_index = self._blob.origin(index)
+        return bytes.fromhex(digest), source_index
+
+
+def _hold(blob: Blob, medium: SharedMemoryMedium) -> _Held:
+    segment = open_segment(medium, blob.num_bytes)
+    if segment.nonce != medium.nonce:
+        raise WeightTransferError(f"segment {medium.name} does not hold version {blob.version} (any more)")
+    return _Held(blob=blob, nonce=medium.nonce, segment=segment)
 
 
 def _parse_request(frames: list[bytes]) -> weights_pb2.ChunkRequest | None:
@@ -277,7 +308,7 @@ def _parse_request(frames: list[bytes]) -> weights_pb2.ChunkRequest | None:
         request = weights_pb2.ChunkRequest.FromString(frames[1])
     except DecodeError:
         return None
-    return request if len(request.digest) == DIGEST_BYTES else None
+    return request if len(request.digest) == len(request.source) == DIGEST_BYTES else None
 
 
 def _parse_header(frame: bytes) -> weights_pb2.ChunkHeader:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 import pytest
 import zmq
 
-from penstock.codec import version_to_wire
 from penstock.errors import ConfigError, WeightTransferError
 from penstock.trajectory import PolicyVersion
 from penstock.v1 import weights_pb2
@@ -61,7 +60,7 @@ def fetch(manifest: Manifest, receiver: ZeromqReceiver | None = None) -> object:
 def request_for(manifest: Manifest, **changes: object) -> bytes:
     fields = {
         "digest": manifest.chunk_digests[0],
-        "version": version_to_wire(manifest.version),
+        "source": bytes.fromhex(manifest.digest),
         "index": 0,
     }
     return weights_pb2.ChunkRequest(**(fields | changes)).SerializeToString()  # type: ignore[arg-type]
@@ -78,7 +77,7 @@ def test_a_chunk_is_served(
     assert client.poll(SECONDS * 1000)
     header, chunk = client.recv_multipart()
     assert weights_pb2.ChunkHeader.FromString(header) == weights_pb2.ChunkHeader(
-        index=1, found=True, version=version_to_wire(manifest.version)
+        source=bytes.fromhex(manifest.digest), index=1, found=True
     )
     assert len(chunk) == CHUNK
 
@@ -90,7 +89,13 @@ def test_malformed_requests_are_counted_and_dropped(
     server.add(manifest)
     client = context.socket(zmq.DEALER)
     client.connect(server.endpoint)
-    bad = [[b""], [b"\xff" * 50], [b"a", b"b"], [request_for(manifest, digest=b"short")]]
+    bad = [
+        [b""],
+        [b"\xff" * 50],
+        [b"a", b"b"],
+        [request_for(manifest, digest=b"short")],
+        [request_for(manifest, source=b"")],
+    ]
     for frames in bad:
         client.send_multipart(frames)
     client.send(request_for(manifest))
@@ -110,7 +115,7 @@ def test_what_is_not_held_is_answered_and_counted(
     wrong = [
         request_for(manifest, index=10_000),
         request_for(manifest, digest=bytes(32)),
-        request_for(dataclasses.replace(manifest, version=PolicyVersion(7, 7))),
+        request_for(manifest, source=bytes(32)),
     ]
     for request in wrong:
         client.send(request)
@@ -246,7 +251,7 @@ def test_answers_that_come_twice_or_unasked_are_ignored(
 
     def answer(number: int, request: weights_pb2.ChunkRequest) -> list[bytes]:
         index = 0 if number == 1 else request.index
-        return _answer(weights_pb2.ChunkRequest(index=index), chunks[index])
+        return _answer(weights_pb2.ChunkRequest(source=request.source, index=index), chunks[index])
 
     server = FakeServer(context, answer)
     receiver = ZeromqReceiver(resend_seconds=0.05)
@@ -296,7 +301,7 @@ def _added(server: ZeromqServer, ring: SegmentRing, step: int) -> Manifest:
 
 
 def _answer(request: weights_pb2.ChunkRequest, chunk: bytes) -> list[bytes]:
-    header = weights_pb2.ChunkHeader(index=request.index, found=True, version=request.version)
+    header = weights_pb2.ChunkHeader(source=request.source, index=request.index, found=True)
     return [header.SerializeToString(), chunk]
 
 

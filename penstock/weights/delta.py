@@ -1,0 +1,435 @@
+"""The lossless difference between two versions: few bytes, since few weights move far.
+
+At the learning rates of reinforcement learning about one bf16 weight in a hundred changes
+in a step, and nine in ten of those move by one unit in the last place. So weights are taken
+as unsigned integers of their width (the same for bf16, fp16 and fp32, NaN or not), and a
+change costs a gap to the change before it, and a step.
+
+A delta is a sequence of frames, each over a span within one block of FRAME_BYTES of the packed
+buffer, in rising order and without overlap; what no frame covers did not change. A frame is
+a header (`_HEADER`, little-endian), then four streams, each stored as it is or by zstd:
+
+    gaps      bytes: equal words before each change; 255 adds 255 and goes on
+    symbols   two bits a change, the lowest first: 0: +1, 1: -1, 2: a step, 3: a word
+    steps     int8 a symbol 2: what is added to the word, modulo its width
+    words     for each symbol 3: the new word
+
+A frame that would have more than MAX_DENSITY changes is dense: its `words` are all there
+are. Adding is exact only on the base that the delta was made from: whoever applies one
+compares the base's digest before, and the result's after.
+
+numba compiles the loops at their first use, or loads what an earlier process compiled.
+Import this module where a delta is at hand, for numba takes a while to load.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import zstandard
+from numba import njit
+from numpy.typing import NDArray
+
+from penstock.errors import WeightTransferError
+from penstock.weights.manifest import DTYPE_BYTES, TensorEntry
+
+FRAME_BYTES = 4 * 1024 * 1024
+"""Frames do not cross multiples of it: large enough for zstd, small enough for a cache."""
+MAX_DENSITY = 0.15
+"""Changes a word, above which a frame is dense."""
+
+Words = NDArray[Any]
+"""[N] uint16 or uint32."""
+
+_Word = TypeVar("_Word", bound=np.generic)
+
+# offset; words, changes; width, compressed streams (bit i: stream i), two zeros; stored and plain sizes.
+_HEADER = struct.Struct("<QII BBxx 4I 4I")
+_WORDS: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+_LEVEL = 1
+_LANES = 16
+_LONG_GAP = 255
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """Where a frame lies in its delta, and what it covers."""
+
+    offset: int
+    """In the packed buffer, in bytes."""
+    num_words: int
+    width: int
+    """Bytes a word: 2 or 4."""
+    num_changes: int
+    """As many as words in a dense frame."""
+    compressed: int
+    stored: tuple[slice, ...]
+    """The four streams in the delta: gaps, symbols, steps, words."""
+    plain_bytes: tuple[int, ...]
+    """Their sizes when they are not compressed."""
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.num_words * self.width
+
+    @property
+    def is_dense(self) -> bool:
+        return self.num_changes == self.num_words
+
+
+class _Scratch:
+    """Room for the places and streams of the most changes that a sparse frame of `num_words` may have."""
+
+    def __init__(self, num_words: int) -> None:
+        most = int(num_words * MAX_DENSITY) + 1
+        self.num_words = num_words
+        # The search looks at whole blocks before it counts.
+        self.positions: NDArray[np.uint32] = np.empty(most + _LANES * 4, dtype=np.uint32)
+        most = self.positions.size
+        self.gaps: NDArray[np.uint8] = np.empty(most + num_words // _LONG_GAP, dtype=np.uint8)
+        self.symbols: NDArray[np.uint8] = np.empty(most // 4 + 1, dtype=np.uint8)
+        self.steps: NDArray[np.uint8] = np.empty(most, dtype=np.uint8)
+        self.words: NDArray[np.uint8] = np.empty(most * 4, dtype=np.uint8)
+
+
+class FrameEncoder:
+    """Encodes spans one after another. For one thread at a time: it has scratch memory."""
+
+    def __init__(self, *, compress: bool = True) -> None:
+        self._compressor = zstandard.ZstdCompressor(level=_LEVEL) if compress else None
+        self._scratch: _Scratch | None = None
+
+    def encode(self, offset: int, old: Words, new: Words) -> bytes:
+        """One frame that makes `new` of `old`; nothing if they are equal.
+
+        offset: of the span in the packed buffer, in bytes.
+        old, new: [N] uint16 or uint32, contiguous, of the same size and dtype.
+        """
+        if old.dtype != new.dtype or old.shape != new.shape or not 0 < new.nbytes <= FRAME_BYTES:
+            raise ValueError(
+                f"a frame from {old.dtype}{list(old.shape)} to {new.dtype}{list(new.shape)}; expected the same "
+                f"dtype and size, of at most {FRAME_BYTES} bytes"
+            )
+        old, new = _as_input(old), _as_input(new)
+        scratch = self._scratch_for(new)
+        wide = new.size - new.size % (_LANES * 8 // new.itemsize)
+        num_changes = int(
+            _find_changes(old, new, old[:wide].view(np.uint64), new[:wide].view(np.uint64), scratch.positions)
+        )
+        if num_changes == 0:
+            return b""
+        if num_changes > new.size * MAX_DENSITY:
+            return self._frame(offset, new, new.size, (b"", b"", b"", new.tobytes()))
+        num_gaps, num_steps, num_words = _write_changes(
+            old, new, _as_input(scratch.positions[:num_changes]),
+            scratch.gaps, scratch.symbols, scratch.steps, scratch.words.view(new.dtype),
+        )  # fmt: skip
+        streams = (
+            scratch.gaps[:num_gaps].tobytes(),
+            scratch.symbols[: -(-num_changes // 4)].tobytes(),
+            scratch.steps[:num_steps].tobytes(),
+            scratch.words[: num_words * new.itemsize].tobytes(),
+        )
+        return self._frame(offset, new, num_changes, streams)
+
+    def _scratch_for(self, new: Words) -> _Scratch:
+        if self._scratch is None or self._scratch.num_words < new.size:
+            self._scratch = _Scratch(new.size)
+        return self._scratch
+
+    def _frame(self, offset: int, new: Words, num_changes: int, streams: tuple[bytes, ...]) -> bytes:
+        stored, compressed = list(streams), 0
+        for index, stream in enumerate(streams):
+            smaller = self._compressor.compress(stream) if self._compressor and len(stream) > 16 else stream
+            if len(smaller) < len(stream):
+                stored[index] = smaller
+                compressed |= 1 << index
+        header = _HEADER.pack(
+            offset, new.size, num_changes, new.itemsize, compressed,
+            *(len(stream) for stream in stored), *(len(stream) for stream in streams),
+        )  # fmt: skip
+        return b"".join((header, *stored))
+
+
+def frames_of(delta: NDArray[np.uint8], num_bytes: int) -> Iterator[Frame]:
+    """The frames of a delta between versions of `num_bytes`, in order.
+
+    Raises WeightTransferError for what is no such delta. Reads the headers only.
+    """
+    position = end = 0
+    while position < delta.size:
+        frame, position = _parse(delta, position)
+        block = frame.offset // FRAME_BYTES * FRAME_BYTES
+        if not end <= frame.offset < frame.end <= min(num_bytes, block + FRAME_BYTES):
+            raise WeightTransferError(
+                f"a delta has a frame for bytes {frame.offset} to {frame.end}; expected it behind byte {end}, "
+                f"within the version's {num_bytes}, and not across a multiple of {FRAME_BYTES}"
+            )
+        end = frame.end
+        yield frame
+
+
+class FrameDecoder:
+    """Applies frames. For one thread at a time: zstd has scratch memory."""
+
+    def __init__(self) -> None:
+        self._decompressor = zstandard.ZstdDecompressor()
+
+    def apply(self, delta: NDArray[np.uint8], frame: Frame, span: NDArray[np.uint8]) -> None:
+        """Makes the new bytes of the old, in place.
+
+        span: [num_words * width] uint8, writable: the bytes that the frame covers.
+        Raises WeightTransferError if the streams contradict each other; then `span` is spoilt,
+        and nothing beyond it was touched.
+        """
+        if span.size != frame.num_words * frame.width:
+            raise ValueError(f"a frame of {frame.num_words * frame.width} bytes for a span of {span.size}")
+        gaps, symbols, steps, words = (self._stream(delta, frame, index) for index in range(4))
+        if frame.is_dense:
+            span[:] = words
+            return
+        dtype = _WORDS[frame.width]
+        if not _add_changes(
+            span.view(dtype), frame.num_changes, gaps, symbols, steps.view(np.int8), words.view(dtype)
+        ):
+            raise WeightTransferError(
+                f"the delta for bytes {frame.offset} to {frame.end} contradicts itself: {frame.num_changes} "
+                f"changes in {frame.num_words} words do not fit its streams"
+            )
+
+    def _stream(self, delta: NDArray[np.uint8], frame: Frame, index: int) -> NDArray[np.uint8]:
+        """Raises WeightTransferError unless a stream has the size that its header says."""
+        stored, size = delta[frame.stored[index]], frame.plain_bytes[index]
+        if not frame.compressed >> index & 1:
+            return _as_input(stored)
+        try:
+            # A stated size that is wrong would be allocated before it is found to be wrong.
+            if zstandard.frame_content_size(stored.data) == size:
+                plain = self._decompressor.decompress(stored.data, max_output_size=size)
+                if len(plain) == size:
+                    return _as_input(np.frombuffer(plain, dtype=np.uint8))
+        except zstandard.ZstdError as error:
+            raise WeightTransferError(f"stream {index} of a frame cannot be decompressed: {error}") from error
+        raise WeightTransferError(f"stream {index} of a frame does not have the {size} bytes that it should")
+
+
+class AppliedDelta:
+    """A delta on its way through a version, from the first byte to the last."""
+
+    def __init__(self, delta: NDArray[np.uint8], num_bytes: int) -> None:
+        """num_bytes: of the version."""
+        self._delta = delta
+        self._frames = frames_of(delta, num_bytes)
+        self._next = next(self._frames, None)
+
+    def apply(self, decoder: FrameDecoder, version: NDArray[np.uint8], end: int) -> None:
+        """Makes the new bytes of the old up to byte `end`, a multiple of FRAME_BYTES or the version's end.
+
+        Raises WeightTransferError.
+        """
+        while self._next is not None and self._next.end <= end:
+            decoder.apply(self._delta, self._next, version[self._next.offset : self._next.end])
+            self._next = next(self._frames, None)
+
+
+def encode_version(
+    tensors: Sequence[TensorEntry], old: NDArray[np.uint8], new: NDArray[np.uint8], *, compress: bool = True
+) -> bytes:
+    """The delta between two versions of the same tensors.
+
+    old, new: [num_bytes] uint8, packed.
+    """
+    encoder = FrameEncoder(compress=compress)
+    return b"".join(
+        encoder.encode(where.start, old[where].view(words), new[where].view(words))
+        for where, words in _spans(tensors)
+    )
+
+
+def _spans(tensors: Sequence[TensorEntry]) -> Iterator[tuple[slice, np.dtype[Any]]]:
+    """Cuts the packed buffer into runs of one width, and those at the multiples of FRAME_BYTES."""
+    for width, run in itertools.groupby(tensors, key=lambda tensor: DTYPE_BYTES[tensor.dtype]):
+        entries = [tensor for tensor in run if tensor.num_bytes]
+        if entries:
+            yield from cut(entries[0].offset, entries[-1].offset + entries[-1].num_bytes, width)
+
+
+def cut(start: int, end: int, width: int) -> Iterator[tuple[slice, np.dtype[Any]]]:
+    """The spans of a run of words of one width, with their dtype."""
+    while start < end:
+        stop = min(end, (start // FRAME_BYTES + 1) * FRAME_BYTES)
+        yield slice(start, stop), _WORDS[width]
+        start = stop
+
+
+def _parse(delta: NDArray[np.uint8], position: int) -> tuple[Frame, int]:
+    """The frame whose header is at `position`, and where the next one is."""
+    start = position + _HEADER.size
+    if start > delta.size:
+        raise WeightTransferError(f"a delta of {delta.size} bytes ends within a header")
+    offset, num_words, num_changes, width, compressed, *sizes = _HEADER.unpack(
+        delta[position:start].tobytes()
+    )
+    stored: list[slice] = []
+    for size in sizes[:4]:
+        stored.append(slice(start, start + size))
+        start += size
+    frame = Frame(
+        offset=offset,
+        num_words=num_words,
+        width=width,
+        num_changes=num_changes,
+        compressed=compressed,
+        stored=tuple(stored),
+        plain_bytes=tuple(sizes[4:]),
+    )
+    if start > delta.size or not _is_possible(frame):
+        raise WeightTransferError(
+            f"a delta of {delta.size} bytes has an impossible frame at byte {position}: {frame}"
+        )
+    return frame, start
+
+
+def _is_possible(frame: Frame) -> bool:
+    """Whether a header's numbers can be true together; bounds what is allocated for it."""
+    if frame.width not in _WORDS or frame.offset % frame.width or frame.compressed >> 4:
+        return False
+    if not 0 < frame.num_changes <= frame.num_words <= FRAME_BYTES // frame.width:
+        return False
+    for index, (stored, plain) in enumerate(zip(frame.stored, frame.plain_bytes, strict=True)):
+        if not frame.compressed >> index & 1 and stored.stop - stored.start != plain:
+            return False
+    gaps, symbols, steps, words = frame.plain_bytes
+    if frame.is_dense:
+        return (gaps, symbols, steps, words) == (0, 0, 0, frame.num_words * frame.width)
+    return (
+        frame.num_changes <= gaps <= frame.num_changes + frame.num_words // _LONG_GAP
+        and symbols == math.ceil(frame.num_changes / 4)
+        and words % frame.width == 0
+        and steps + words // frame.width <= frame.num_changes
+    )
+
+
+def _as_input(array: NDArray[_Word]) -> NDArray[_Word]:
+    """A read-only view, or a copy if its words lie askew: the compiled loops know one kind of input."""
+    view = array.view() if array.ctypes.data % 8 == 0 else array.copy()
+    view.flags.writeable = False
+    return view
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled at its first call; kept for the next process, where numba finds a folder to write to."""
+    try:
+        return njit(cache=True, nogil=True)(function)  # type: ignore[no-any-return]
+    except RuntimeError:  # an installation that is read-only, and a user without a home
+        return njit(nogil=True)(function)  # type: ignore[no-any-return]
+
+
+@_compiled
+def _find_changes(old, new, wide_old, wide_new, positions):  # type: ignore[no-untyped-def]
+    """Writes where `old` and `new` differ, in rising order. Returns how many places that are.
+
+    Ends with positions.size when there may be more than fit.
+    wide_old, wide_new: the same memory as 64-bit lanes; [M] uint64, M a multiple of _LANES.
+    """
+    lane_words = 8 // new.itemsize
+    bits = 8 * new.itemsize
+    mask = np.uint64((np.int64(1) << bits) - 1)
+    found = 0
+    for block in range(0, wide_new.size, _LANES):
+        differing = np.uint64(0)
+        for lane in range(block, block + _LANES):
+            differing |= wide_old[lane] ^ wide_new[lane]
+        if differing == 0:
+            continue
+        if found + _LANES * lane_words > positions.size:
+            return positions.size
+        for lane in range(block, block + _LANES):
+            differing = wide_old[lane] ^ wide_new[lane]
+            if differing == 0:
+                continue
+            # A place is written, and kept if it differs: a branch would be guessed wrong.
+            for word in range(lane_words):
+                positions[found] = lane * lane_words + word
+                found += int((differing >> np.uint64(word * bits)) & mask != 0)
+    for word in range(wide_new.size * lane_words, new.size):
+        if old[word] != new[word]:
+            if found == positions.size:
+                return found
+            positions[found] = word
+            found += 1
+    return found
+
+
+@_compiled
+def _write_changes(old, new, positions, gaps, symbols, steps, words):  # type: ignore[no-untyped-def]
+    """Writes the streams of a sparse frame. Returns the numbers of gap bytes, steps and words."""
+    bits = 8 * new.itemsize
+    top = np.int64(1) << bits
+    half = np.int64(1) << (bits - 1)
+    num_gaps = num_steps = num_words = 0
+    behind = 0  # the word behind the last change
+    for change in range(positions.size):
+        position = int(positions[change])
+        gap = position - behind
+        behind = position + 1
+        while gap >= _LONG_GAP:
+            gaps[num_gaps] = _LONG_GAP
+            num_gaps += 1
+            gap -= _LONG_GAP
+        gaps[num_gaps] = gap
+        num_gaps += 1
+        step = (np.int64(new[position]) - np.int64(old[position])) & (top - 1)
+        if step >= half:
+            step -= top
+        if step == 1 or step == -1:
+            symbol = (1 - step) >> 1
+        elif -128 <= step <= 127:
+            symbol = 2
+            steps[num_steps] = step & 255
+            num_steps += 1
+        else:
+            symbol = 3
+            words[num_words] = new[position]
+            num_words += 1
+        place = 2 * (change & 3)
+        symbols[change >> 2] = symbol if place == 0 else symbols[change >> 2] | symbol << place
+    return num_gaps, num_steps, num_words
+
+
+@_compiled
+def _add_changes(span, num_changes, gaps, symbols, steps, words):  # type: ignore[no-untyped-def]
+    """Applies a sparse frame to `span`. False, with nothing beyond its bounds read or written, if it cannot be."""
+    position = 0
+    next_gap = next_step = next_word = 0
+    for change in range(num_changes):
+        gap = 255
+        while gap == 255:
+            if next_gap >= gaps.size:
+                return False
+            gap = int(gaps[next_gap])
+            next_gap += 1
+            position += gap
+        if position >= span.size:
+            return False
+        symbol = (symbols[change >> 2] >> (2 * (change & 3))) & 3
+        if symbol < 2:
+            span[position] += 1 - 2 * np.int64(symbol)
+        elif symbol == 2:
+            if next_step >= steps.size:
+                return False
+            span[position] += np.int64(steps[next_step])
+            next_step += 1
+        else:
+            if next_word >= words.size:
+                return False
+            span[position] = words[next_word]
+            next_word += 1
+        position += 1
+    return next_gap == gaps.size and next_step == steps.size and next_word == words.size

@@ -1,0 +1,252 @@
+"""The codec: exact on every pattern, few bytes for few changes, and safe against every byte."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from penstock.errors import WeightTransferError
+from penstock.trajectory import PolicyVersion
+from penstock.weights.delta import (
+    FRAME_BYTES,
+    AppliedDelta,
+    FrameDecoder,
+    FrameEncoder,
+    encode_version,
+    frames_of,
+)
+from penstock.weights.manifest import HostTensor, plan_layout
+from penstock.weights.staged import stage
+from tests.weight_fixtures import tensor
+
+Bytes = NDArray[np.uint8]
+
+SPECIAL_16 = (
+    0x0000,
+    0x8000,
+    0x0001,
+    0x8001,
+    0x007F,
+    0x7F7F,
+    0x7F80,
+    0xFF80,
+    0x7FC0,
+    0x7F81,
+    0xFFFF,
+    0x7C00,
+    0x7E01,
+    0x3F80,
+)
+"""Zeros, subnormals, largest, infinities and NaNs of bf16 and fp16, and one."""
+SPECIAL_32 = (
+    0x00000000,
+    0x80000000,
+    0x00000001,
+    0x807FFFFF,
+    0x7F7FFFFF,
+    0x7F800000,
+    0xFF800000,
+    0x7FC00000,
+    0x7F800001,
+    0xFFFFFFFF,
+    0x3F800000,
+)
+
+
+def encode(old: NDArray, new: NDArray, *, compress: bool = True) -> Bytes:
+    return np.frombuffer(FrameEncoder(compress=compress).encode(0, old, new), dtype=np.uint8)
+
+
+def apply(delta: Bytes, base: NDArray) -> Bytes:
+    made = base.view(np.uint8).copy()
+    AppliedDelta(delta, made.size).apply(FrameDecoder(), made, made.size)
+    return made
+
+
+def assert_exact(old: NDArray, new: NDArray) -> None:
+    for compress in (True, False):
+        assert np.array_equal(apply(encode(old, new, compress=compress), old), new.view(np.uint8))
+
+
+def test_a_few_changes_cost_a_few_bytes() -> None:
+    old = np.random.default_rng(0).integers(0, 1 << 16, 100_000).astype(np.uint16)
+    new = old.copy()
+    new[[7, 8, 5_000, 99_999]] += np.array([1, 65535, 2, 4096], dtype=np.uint16)
+    delta = encode(old, new)
+    (frame,) = frames_of(delta, new.nbytes)
+    assert (frame.num_changes, frame.is_dense) == (4, False)
+    assert frame.plain_bytes[1:] == (1, 1, 2), "symbols of four changes, one step, one word"
+    assert np.array_equal(apply(delta, old), new.view(np.uint8))
+
+
+def test_equal_versions_cost_nothing() -> None:
+    words = np.arange(1000, dtype=np.uint32)
+    assert encode(words, words.copy()).size == 0
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_a_span_with_many_changes_is_sent_whole(dtype: type) -> None:
+    old = np.zeros(10_000, dtype=dtype)
+    for num_changes, dense in ((1500, False), (1501, True), (9000, True)):
+        new = old.copy()
+        new[:num_changes] = 1
+        delta = encode(old, new)
+        assert next(frames_of(delta, new.nbytes)).is_dense is dense
+        assert_exact(old, new)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), wide=st.booleans())
+def test_every_pattern_is_exact(data: st.DataObject, wide: bool) -> None:
+    """Words of every kind, changed to any other, by steps, or not, at any density."""
+    dtype, special = (np.uint32, SPECIAL_32) if wide else (np.uint16, SPECIAL_16)
+    size = data.draw(st.integers(1, 3000))
+    generator = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    pool = np.concatenate([np.array(special, dtype=dtype), generator.integers(0, 1 << 16, 8).astype(dtype)])
+    old = generator.choice(pool, size)
+    density = data.draw(st.sampled_from([0.0, 0.001, 0.01, 0.1, 0.16, 1.0]))
+    changed = generator.random(size) < density
+    steps = generator.choice(np.array([1, -1, 2, -2, 127, -128, 128, -129]), size).astype(dtype)
+    new = np.where(
+        changed, np.where(generator.random(size) < 0.7, old + steps, generator.choice(pool, size)), old
+    )
+    assert_exact(old, new.astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_changes_at_the_edges_of_gaps_and_blocks_are_exact(dtype: type) -> None:
+    for size in (1, 31, 64, 65, 255, 256, 257, 1023, 20_000):
+        for places in (
+            [0],
+            [size - 1],
+            [0, size - 1],
+            [size // 2],
+            [min(254, size - 1)],
+            [min(255, size - 1)],
+        ):
+            old = np.arange(size).astype(dtype)
+            new = old.copy()
+            new[places] += 1
+            assert_exact(old, new)
+
+
+def test_words_that_lie_askew_are_encoded_too() -> None:
+    memory = np.random.default_rng(1).integers(0, 256, 4002, dtype=np.uint8)
+    old = memory[2:].view(np.uint16)
+    new = old.copy()
+    new[1::50] += 1
+    assert_exact(old, new)
+
+
+def versions() -> tuple[list[HostTensor], list[HostTensor]]:
+    """Of all dtypes, one of them larger than a block, with a change in each."""
+    old = [
+        tensor("a", (13,), dtype="BF16", seed=1),
+        tensor("b", (FRAME_BYTES + 1000,), dtype="F16", seed=2),
+        tensor("empty", (0, 5), seed=3),
+        tensor("c", (999,), dtype="F32", seed=4),
+        tensor("d", (1,), dtype="BF16", seed=5),
+    ]
+    new = [
+        HostTensor(name=each.name, dtype=each.dtype, shape=each.shape, data=each.data.copy()) for each in old
+    ]
+    for each in new:
+        each.data[::5000] ^= 1
+    return old, new
+
+
+def test_a_version_of_several_dtypes_is_cut_into_frames() -> None:
+    old, new = (stage(PolicyVersion(1, step), each) for step, each in enumerate(versions()))
+    delta = np.frombuffer(encode_version(new.manifest.tensors, old.buffer, new.buffer), dtype=np.uint8)
+    frames = list(frames_of(delta, new.manifest.num_bytes))
+    assert [frame.width for frame in frames] == [2, 2, 2, 4, 2]
+    assert all(frame.offset // FRAME_BYTES == (frame.end - 1) // FRAME_BYTES for frame in frames)
+    assert delta.size < 10_000
+    assert np.array_equal(apply(delta, old.buffer), new.buffer)
+
+
+def test_a_delta_is_applied_block_by_block() -> None:
+    old, new = (stage(PolicyVersion(1, step), each) for step, each in enumerate(versions()))
+    delta = np.frombuffer(encode_version(new.manifest.tensors, old.buffer, new.buffer), dtype=np.uint8)
+    made, applied = old.buffer.copy(), AppliedDelta(delta, old.buffer.size)
+    applied.apply(FrameDecoder(), made, FRAME_BYTES)
+    assert np.array_equal(made[:FRAME_BYTES], new.buffer[:FRAME_BYTES])
+    assert np.array_equal(made[FRAME_BYTES:], old.buffer[FRAME_BYTES:])
+
+
+def good_delta() -> tuple[NDArray[np.uint16], Bytes]:
+    generator = np.random.default_rng(3)
+    old = generator.integers(0, 1 << 16, 4000).astype(np.uint16)
+    new = old.copy()
+    new[::37] += 1
+    new[5::100] += 9
+    new[9::500] ^= 0x5555
+    return old, encode(old, new, compress=False)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_hostile_bytes_raise_or_stay_within_bounds(data: st.DataObject) -> None:
+    """Around the span lie words that nobody may touch."""
+    old, delta = good_delta()
+    hostile = delta.copy()
+    for _ in range(data.draw(st.integers(1, 4))):
+        # The header more often than the rest: most of what can go wrong is there.
+        end = data.draw(st.sampled_from([52, hostile.size])) - 1
+        hostile[data.draw(st.integers(0, end))] = data.draw(st.integers(0, 255))
+    hostile = hostile[: data.draw(st.sampled_from([hostile.size, hostile.size // 2]))]
+    memory = np.full(3 * old.nbytes, 0xAB, dtype=np.uint8)
+    span = memory[old.nbytes : 2 * old.nbytes]
+    span[:] = old.view(np.uint8)
+    with contextlib.suppress(WeightTransferError):
+        AppliedDelta(hostile, span.size).apply(FrameDecoder(), span, span.size)
+    assert (memory[: old.nbytes] == 0xAB).all()
+    assert (memory[2 * old.nbytes :] == 0xAB).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(garbage=st.binary(min_size=1, max_size=400))
+def test_garbage_is_an_error_that_is_expected(garbage: bytes) -> None:
+    with pytest.raises(WeightTransferError):
+        apply(np.frombuffer(garbage, dtype=np.uint8), np.zeros(2000, dtype=np.uint16))
+
+
+def test_a_stream_that_would_grow_beyond_its_stated_size_is_refused() -> None:
+    old, new = np.zeros(60_000, np.uint16), np.zeros(60_000, np.uint16)
+    new[::10] = 1
+    delta = encode(old, new).copy()
+    (frame,) = frames_of(delta, old.nbytes)
+    assert frame.compressed & 1
+    stated = struct.unpack_from("<I", delta, 36)
+    assert stated == (frame.plain_bytes[0],)
+    struct.pack_into("<I", delta, 36, stated[0] + 1)
+    with pytest.raises(WeightTransferError, match="does not have the 6001 bytes"):
+        apply(delta, old)
+
+
+def test_frames_out_of_order_or_beyond_the_version_are_refused() -> None:
+    old, delta = good_delta()
+    with pytest.raises(WeightTransferError, match="expected it behind byte 8000"):
+        apply(np.concatenate([delta, delta]), np.concatenate([old, old]))
+    with pytest.raises(WeightTransferError, match="within the version's 7998"):
+        apply(delta, old[:-1])
+    with pytest.raises(WeightTransferError, match="ends within a header"):
+        apply(delta[:30], old)
+
+
+def test_tensors_of_other_sizes_have_no_delta() -> None:
+    with pytest.raises(ValueError, match="expected the same dtype and size"):
+        FrameEncoder().encode(0, np.zeros(4, np.uint16), np.zeros(5, np.uint16))
+    with pytest.raises(ValueError, match="expected the same dtype and size"):
+        FrameEncoder().encode(0, np.zeros(4, np.uint16), np.zeros(4, np.uint32))
+
+
+def test_the_layout_of_a_version_does_not_depend_on_the_data() -> None:
+    old, new = versions()
+    assert plan_layout(old) == plan_layout(new)
