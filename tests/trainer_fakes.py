@@ -87,6 +87,7 @@ class FakeCoordinator:
     """Such as "open 0", "publish 1.0", "checkpoint 2", "skip 3", "finish 4"."""
     metrics: dict[int, Mapping[str, float]] = field(default_factory=dict)
     manifests: dict[int, Manifest] = field(default_factory=dict)
+    deltas_wanted: bool = False
 
     def open_lineage(self, step: int) -> Lineage:
         self.calls.append(f"open {step}")
@@ -101,10 +102,11 @@ class FakeCoordinator:
 
     def publish_version(
         self, version: PolicyVersion, manifest: Manifest, metrics: Mapping[str, float], trained: Sequence[int]
-    ) -> None:
+    ) -> bool:
         self.calls.append(f"publish {version}")
         self.metrics[version.step] = metrics
         self.manifests[version.step] = manifest
+        return self.deltas_wanted
 
     def skip_step(self, *, epoch: int, step: int, reason: str) -> None:
         self.calls.append(f"skip {step}")
@@ -122,7 +124,9 @@ class TensorSink:
     def __init__(self) -> None:
         self.tensors: list[HostTensor] = []
 
-    def write(self, version: PolicyVersion, tensors: Sequence[HostTensor]) -> Manifest:
+    def write(
+        self, version: PolicyVersion, tensors: Sequence[HostTensor], *, with_delta: bool = False
+    ) -> Manifest:
         self.tensors = list(tensors)
         return Manifest(version=version, tensors=(), num_bytes=0, chunk_bytes=1, chunk_digests=(), digest="0")
 

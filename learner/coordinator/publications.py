@@ -27,6 +27,11 @@ class Publications:
     def newest(self) -> weights_pb2.WeightManifest | None:
         return next(reversed(self._manifests.values()), None)
 
+    @property
+    def serves_other_hosts(self) -> bool:
+        """Whether any actor has fetched over the network: then deltas are worth making."""
+        return self._server.stats().num_chunks > 0
+
     def publish(self, manifest: Manifest) -> None:
         """Serves a version and announces it. Its journal record must be on disk.
 

@@ -125,7 +125,7 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
                 await self._coordinator.commit()
                 self._publications.publish(manifest)
                 self._coordinator.changed.fire()
-            return pb.PublishVersionResponse()
+            return pb.PublishVersionResponse(deltas_wanted=self._publications.serves_other_hosts)
 
     def _note_published(self) -> None:
         waiting = Waiting("the trainer's next request")

@@ -64,8 +64,11 @@ class Coordinator(Protocol):
 
     def publish_version(
         self, version: PolicyVersion, manifest: Manifest, metrics: Mapping[str, float], trained: Sequence[int]
-    ) -> None:
-        """trained: the groups of the step that made the version; none for a lineage's first."""
+    ) -> bool:
+        """trained: the groups of the step that made the version; none for a lineage's first.
+
+        Returns whether actors on other hosts want the next version as a delta too.
+        """
         ...
 
     def skip_step(self, *, epoch: int, step: int, reason: str) -> None: ...
@@ -111,14 +114,17 @@ class GrpcCoordinator:
 
     def publish_version(
         self, version: PolicyVersion, manifest: Manifest, metrics: Mapping[str, float], trained: Sequence[int]
-    ) -> None:
+    ) -> bool:
         request = trainer_pb2.PublishVersionRequest(
             version=version_to_wire(version),
             manifest=manifest_to_wire(manifest),
             metrics=dict(metrics),
             group_ids=trained,
         )
-        self._call("PublishVersion", lambda: self._stub.PublishVersion(request, timeout=self._call_seconds))
+        answer = self._call(
+            "PublishVersion", lambda: self._stub.PublishVersion(request, timeout=self._call_seconds)
+        )
+        return answer.deltas_wanted
 
     def skip_step(self, *, epoch: int, step: int, reason: str) -> None:
         request = trainer_pb2.SkipStepRequest(epoch=epoch, step=step, reason=reason)

@@ -112,7 +112,7 @@ class Versions:
         assert manifest is not None
         if metrics:
             metrics = {**metrics, "publish_seconds": time.monotonic() - started}
-        self._coordinator.publish_version(version, manifest, metrics, trained)
+        self._publisher.deltas_wanted = self._coordinator.publish_version(version, manifest, metrics, trained)
         if metrics:
             self._record(version, metrics)
 

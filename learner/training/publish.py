@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from learner.training.config import Precision
 from learner.training.parallel import Ranks, local, whole
 from learner.training.policy import Policy
+from learner.training.shards import ShardDeltas
 from penstock.errors import PenstockError
 from penstock.trajectory import PolicyVersion
 from penstock.weights.manifest import HostTensor, Manifest
@@ -18,19 +21,31 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class WeightSink(Protocol):
-    """Where a version's tensors go: penstock.weights.segment.SegmentRing, or a test's list."""
+    """Where versions go: penstock.weights.version_log.VersionLog, or a test's list."""
 
-    def write(self, version: PolicyVersion, tensors: Sequence[HostTensor]) -> Manifest: ...
+    def write(
+        self, version: PolicyVersion, tensors: Sequence[HostTensor], *, with_delta: bool = False
+    ) -> Manifest: ...
+
+    def write_delta(self, version: PolicyVersion, delta: NDArray[np.uint8]) -> Manifest:
+        """The version that a delta makes of the one written last."""
+        ...
 
 
 class Publisher:
-    """Gathers the policy and writes it to a sink, in the precision that it computes in."""
+    """Gathers the policy and writes it to a sink, in the precision that it computes in.
+
+    Once deltas are wanted, ranks send what changed in their shards instead of the shards.
+    """
 
     def __init__(self, policy: Policy, ranks: Ranks, sink: WeightSink | None, precision: Precision) -> None:
         self._policy = policy
         self._ranks = ranks
         self._sink = sink
         self._dtype = torch.bfloat16 if precision is Precision.BFLOAT16 else torch.float32
+        self._shards = ShardDeltas(ranks)
+        self.deltas_wanted = False
+        """Whether actors on other hosts want deltas, as rank 0 was told."""
 
     def write(self, version: PolicyVersion) -> Manifest | None:
         """Every rank calls it; rank 0, which has the sink, gets the manifest.
@@ -38,12 +53,25 @@ class Publisher:
         Raises PenstockError for weights that are not finite.
         """
         self._refuse_non_finite(version)
+        wanted = bool(self._ranks.maximum(torch.tensor([int(self.deltas_wanted)])))
+        if wanted and self._shards.is_ready:
+            delta = self._shards.gather(self._tensors(), _DTYPES[self._dtype])
+            return self._sink.write_delta(version, delta) if self._sink is not None else None
         tensors = []
-        for name, tensor in published_tensors(self._policy):
-            full = whole(tensor.to(self._dtype))
+        for name, tensor in self._tensors():
+            full = whole(tensor)
             if self._sink is not None:
                 tensors.append(_to_host(name, full))
-        return self._sink.write(version, tensors) if self._sink is not None else None
+        if wanted:
+            self._shards.remember(self._tensors(), _DTYPES[self._dtype])
+        else:
+            self._shards.forget()
+        return self._sink.write(version, tensors, with_delta=wanted) if self._sink is not None else None
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """In the precision that is published."""
+        for name, tensor in published_tensors(self._policy):
+            yield name, tensor.to(self._dtype)
 
     def _refuse_non_finite(self, version: PolicyVersion) -> None:
         tensors = [(name, local(tensor)) for name, tensor in published_tensors(self._policy)]

@@ -56,7 +56,7 @@ class RecordedRun:
 
     def publish_version(
         self, version: PolicyVersion, manifest: Manifest, metrics: Mapping[str, float], trained: Sequence[int]
-    ) -> None:
+    ) -> bool:
         """Compares a version with the one that the run published at that step."""
         recorded = self._rows(
             "SELECT digest FROM versions WHERE epoch = ? AND step = ?",
@@ -70,6 +70,7 @@ class RecordedRun:
                 "threads, device and release of torch"
             )
         self.num_compared += 1
+        return False
 
     def skip_step(self, *, epoch: int, step: int, reason: str) -> None:
         raise PenstockError(f"step {step} is not finite here ({reason}); in the run it was trained")

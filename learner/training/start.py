@@ -27,7 +27,7 @@ from learner.training.stopping import StopOnSignal
 from learner.training.updater import Updater
 from penstock import config as configuration
 from penstock import log
-from penstock.weights.segment import SegmentRing
+from penstock.weights.version_log import VersionLog
 
 _log = logging.getLogger(__name__)
 
@@ -128,6 +128,6 @@ def make_algorithm(config: RunConfig, updater: Updater) -> Algorithm:
 
 def _open_sink(lineage: Lineage, stack: ExitStack) -> WeightSink:
     name = re.sub(r"[^A-Za-z0-9_-]", "-", lineage.run_id)[:48]
-    ring = SegmentRing(name_prefix=f"penstock-{name}")
-    stack.callback(ring.close)
-    return ring
+    versions = VersionLog(name_prefix=f"penstock-{name}")
+    stack.callback(versions.close)
+    return versions

@@ -24,6 +24,7 @@ Import this module where a delta is at hand, for numba takes a while to load.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 import struct
@@ -77,6 +78,11 @@ class Frame:
     @property
     def end(self) -> int:
         return self.offset + self.num_words * self.width
+
+    @property
+    def lies(self) -> slice:
+        """Header and streams, in the delta."""
+        return slice(self.stored[0].start - _HEADER.size, self.stored[-1].stop)
 
     @property
     def is_dense(self) -> bool:
@@ -162,9 +168,8 @@ def frames_of(delta: NDArray[np.uint8], num_bytes: int) -> Iterator[Frame]:
 
     Raises WeightTransferError for what is no such delta. Reads the headers only.
     """
-    position = end = 0
-    while position < delta.size:
-        frame, position = _parse(delta, position)
+    end = 0
+    for frame in _frames(delta):
         block = frame.offset // FRAME_BYTES * FRAME_BYTES
         if not end <= frame.offset < frame.end <= min(num_bytes, block + FRAME_BYTES):
             raise WeightTransferError(
@@ -172,6 +177,13 @@ def frames_of(delta: NDArray[np.uint8], num_bytes: int) -> Iterator[Frame]:
                 f"within the version's {num_bytes}, and not across a multiple of {FRAME_BYTES}"
             )
         end = frame.end
+        yield frame
+
+
+def _frames(delta: NDArray[np.uint8]) -> Iterator[Frame]:
+    position = 0
+    while position < delta.size:
+        frame, position = _parse(delta, position)
         yield frame
 
 
@@ -236,6 +248,15 @@ class AppliedDelta:
         while self._next is not None and self._next.end <= end:
             decoder.apply(self._delta, self._next, version[self._next.offset : self._next.end])
             self._next = next(self._frames, None)
+
+
+def merge(deltas: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """One delta of several that cover different bytes of the same two versions."""
+    frames = heapq.merge(
+        *([(frame.offset, delta[frame.lies]) for frame in _frames(delta)] for delta in deltas),
+        key=lambda each: each[0],
+    )
+    return np.concatenate([np.empty(0, dtype=np.uint8), *(encoded for _, encoded in frames)])
 
 
 def encode_version(

@@ -135,23 +135,30 @@ def plan_layout(tensors: Iterable[HostTensor]) -> tuple[tuple[TensorEntry, ...],
 
     Raises ValueError for a dtype that is not transported, or data of the wrong size.
     """
-    entries: list[TensorEntry] = []
-    end = 0
-    for tensor in tensors:
-        num_bytes = _tensor_bytes(tensor.dtype, tensor.shape)
-        if num_bytes is None or tensor.data.shape != (num_bytes,) or tensor.data.dtype != np.uint8:
+    held = list(tensors)
+    entries, end = plan_shapes((tensor.name, tensor.dtype, tensor.shape) for tensor in held)
+    for entry, tensor in zip(entries, held, strict=True):
+        if tensor.data.shape != (entry.num_bytes,) or tensor.data.dtype != np.uint8:
             raise ValueError(
                 f"tensor {tensor.name!r} of {tensor.dtype}{list(tensor.shape)} has data of "
-                f"{tensor.data.dtype}{list(tensor.data.shape)}; expected {num_bytes} uint8 and a dtype "
-                f"among {sorted(DTYPE_BYTES)}"
+                f"{tensor.data.dtype}{list(tensor.data.shape)}; expected {entry.num_bytes} uint8"
+            )
+    return entries, end
+
+
+def plan_shapes(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[tuple[TensorEntry, ...], int]:
+    """plan_layout for tensors whose data is elsewhere: names, dtypes, shapes. Raises ValueError."""
+    entries: list[TensorEntry] = []
+    end = 0
+    for name, dtype, shape in tensors:
+        num_bytes = _tensor_bytes(dtype, shape)
+        if num_bytes is None:
+            raise ValueError(
+                f"tensor {name!r} has dtype {dtype}; expected a dtype among {sorted(DTYPE_BYTES)}"
             )
         offset = _aligned(end)
         end = offset + num_bytes
-        entries.append(
-            TensorEntry(
-                name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, offset=offset, num_bytes=num_bytes
-            )
-        )
+        entries.append(TensorEntry(name=name, dtype=dtype, shape=shape, offset=offset, num_bytes=num_bytes))
     return tuple(entries), end
 
 
