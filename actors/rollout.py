@@ -8,6 +8,8 @@ enters as the ids it sampled, each with its log-probability and version.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from actors.engines.base import Engine, GenerationRequest, StopReason
+from actors.handover import HandoverMismatch, Recorded, RecordedTurn
 from actors.render import Renderer
 from environments.base import Description, StepResult
 from environments.client import EnvironmentClient, Episode
@@ -23,6 +26,7 @@ from penstock.errors import EngineFault, EnvironmentFault, FaultKind
 from penstock.trajectory import (
     FinishReason,
     Lease,
+    Partial,
     PolicyVersion,
     Reward,
     RewardStatus,
@@ -30,6 +34,8 @@ from penstock.trajectory import (
     Trajectory,
     run_length,
 )
+
+_log = logging.getLogger(__name__)
 
 _MAX_TURNS = 1000
 
@@ -40,6 +46,8 @@ class Progress:
 
     num_tokens: int = 0
     num_turns: int = 0
+    partial: Partial | None = None
+    """Set when the rollout is cancelled: what another actor may go on from."""
 
 
 @dataclass(slots=True)
@@ -61,6 +69,12 @@ class _Tokens:
         self.mask += [1] * len(token_ids)
         self.logprobs += logprobs
         self.versions += [version] * len(token_ids)
+
+    def take(self, turn: RecordedTurn) -> None:
+        self.ids += turn.token_ids
+        self.mask += [1] * len(turn.token_ids)
+        self.logprobs += turn.logprobs
+        self.versions += turn.versions
 
     @property
     def num_sampled(self) -> int:
@@ -99,6 +113,11 @@ class Player:
             self._description = await self._client.describe()
         try:
             return await _Rollout(self, self._description, lease, progress).play(session_id)
+        except HandoverMismatch as mismatch:
+            _log.warning("lease %s begins anew: %s", lease.lease_id, mismatch)
+            progress.num_tokens = progress.num_turns = 0
+            anew = _Rollout(self, self._description, replace(lease, partial=None), progress)
+            return await anew.play(f"{session_id}.anew")
         except EnvironmentFault:
             # The server may come back as another version of itself.
             self._description = None
@@ -114,52 +133,92 @@ class _Rollout:
         self._lease = lease
         self._progress = progress
         self._tokens = _Tokens()
-        self._generation_seconds = 0.0
-        self._environment_seconds = 0.0
+        self._recorded = Recorded(lease.partial)
+        self._observation_digest = ""
+        self._cut = False
+        self._generation_seconds = lease.partial.generation_seconds if lease.partial else 0.0
+        self._environment_seconds = lease.partial.environment_seconds if lease.partial else 0.0
 
     async def play(self, session_id: str) -> Trajectory:
+        """Plays to the reward; if cancelled, leaves behind what was played. Raises HandoverMismatch too."""
+        try:
+            return await self._play(session_id)
+        except asyncio.CancelledError:
+            self._progress.partial = self._partial()
+            raise
+
+    async def _play(self, session_id: str) -> Trajectory:
         player, lease = self._player, self._lease
         began = player._clock()
         async with player._client.session(
             session_id=session_id, fence=lease.attempt + 1, task=lease.task
         ) as episode:
             self._environment_seconds += player._clock() - began
-            self._tokens.observe(player._renderer.first(episode.messages))
+            self._observation_digest = episode.observation_digest
+            self._recorded.check_start(
+                version=self._description.version,
+                digest=self._description.digest,
+                observation_digest=episode.observation_digest,
+            )
+            self._observe(player._renderer.first(episode.messages))
             while True:
                 turn = await self._generate(episode)
                 result = await self._step(episode, turn)
                 if result.done or not self._has_room():
                     break
                 following = player._renderer.following(result.messages, stopped=turn.stopped)
-                self._tokens.observe(following)
+                self._observe(following)
                 if not self._has_room():
                     break
+            self._recorded.check_over()
             return self._trajectory(episode, turn, result)
 
+    def _observe(self, token_ids: TokenIds) -> None:
+        self._recorded.check_observation(token_ids)
+        self._tokens.observe(token_ids)
+
     async def _generate(self, episode: Episode) -> _Turn:
-        """Samples one turn. Renews the environment's session while that takes long."""
+        """Samples one turn, or what is left of a recorded one.
+
+        Renews the environment's session while that takes long.
+        """
         player = self._player
+        recorded = self._recorded.next_turn()
+        if recorded is not None:
+            self._tokens.take(recorded)
+            self._progress.num_tokens = self._tokens.num_sampled
+            stopped = recorded.stopped or recorded.token_ids[-1] in player._renderer.stop_ids
+            if recorded.finished or stopped or not self._has_room():
+                return self._end_turn(list(recorded.token_ids), stopped=stopped)
         began = renewed = player._clock()
         request = GenerationRequest(
             request_id=f"{self._lease.lease_id}/{self._progress.num_turns}",
             prompt_ids=np.asarray(self._tokens.ids, dtype=np.int32),
             sampling=replace(self._lease.sampling, max_tokens=self._room()),
         )
-        token_ids: list[int] = []
+        token_ids: list[int] = [] if recorded is None else list(recorded.token_ids)
+        turn: _Turn | None = None
         reason: StopReason | None = None
         async for chunk in player._engine.generate(request):
             self._tokens.sample(chunk.token_ids, chunk.logprobs, chunk.version)
             token_ids += chunk.token_ids
             reason = chunk.stop_reason
             self._progress.num_tokens = self._tokens.num_sampled
+            if reason in (StopReason.STOP, StopReason.LENGTH):
+                # At once: a rollout that is cancelled now hands over a finished turn.
+                turn = self._end_turn(token_ids, stopped=reason is StopReason.STOP)
             if player._clock() - renewed > self._description.session_ttl_seconds / 3:
                 renewed = player._clock()
                 await episode.renew()
-        if reason not in (StopReason.STOP, StopReason.LENGTH):
+        if turn is None:
             raise EngineFault(f"generation ended with {reason or 'nothing'}; expected stop or length")
-        self._progress.num_turns += 1
         self._generation_seconds += player._clock() - began
-        return _Turn(token_ids, reason is StopReason.STOP)
+        return turn
+
+    def _end_turn(self, token_ids: list[int], *, stopped: bool) -> _Turn:
+        self._progress.num_turns += 1
+        self._cut = not stopped
+        return _Turn(token_ids, stopped)
 
     async def _step(self, episode: Episode, turn: _Turn) -> StepResult:
         player = self._player
@@ -173,6 +232,27 @@ class _Rollout:
                 kind=FaultKind.DATA,
             )
         return result
+
+    def _partial(self) -> Partial | None:
+        """What was played so far, if a token was sampled; as it was given, if not all of that is taken yet."""
+        tokens, description = self._tokens, self._description
+        if not self._recorded.is_over:
+            return self._lease.partial
+        if tokens.num_sampled == 0:
+            return None
+        return Partial(
+            token_ids=np.asarray(tokens.ids, dtype=np.int32),
+            loss_mask=np.asarray(tokens.mask, dtype=np.uint8),
+            logprobs=np.asarray(tokens.logprobs, dtype=np.float32),
+            versions=run_length(tokens.versions),
+            num_turns=self._progress.num_turns,
+            cut=self._cut,
+            environment_version=description.version,
+            environment_digest=description.digest,
+            observation_digest=self._observation_digest,
+            generation_seconds=self._generation_seconds,
+            environment_seconds=self._environment_seconds,
+        )
 
     def _room(self) -> int:
         """Tokens that may still be sampled."""

@@ -25,7 +25,7 @@ from actors.install import Installer
 from actors.rollout import Player, Progress
 from actors.session import Session, translate
 from actors.uplink import Uplink
-from penstock.codec import lease_from_wire, trajectory_item, version_to_wire
+from penstock.codec import checksum, lease_from_wire, partial_to_wire, trajectory_item, version_to_wire
 from penstock.errors import EngineFault, EnvironmentFault, FaultKind, PeerLost, PenstockError
 from penstock.rpc import to_duration
 from penstock.signals import Stop
@@ -189,9 +189,14 @@ class Actor:
             item = trajectory_item(trajectory)
             self.counts["finished"] += 1
         except asyncio.CancelledError:
-            if not (self._running[lease.lease_id].revoked or self._stop.is_set()):
+            running = self._running[lease.lease_id]
+            if not (running.revoked or self._stop.is_set()):
                 raise
             item.release.CopyFrom(self._release(lease, pb.RELEASE_REASON_DRAINING, "the actor drains"))
+            if progress.partial is not None and not running.revoked:
+                self.counts["handed_over"] += 1
+                item.release.partial = partial_to_wire(progress.partial).SerializeToString()
+                item.checksum = checksum(item.release.partial)
         except EnvironmentFault as fault:
             is_data = fault.kind is FaultKind.DATA
             reason = pb.RELEASE_REASON_DATA if is_data else pb.RELEASE_REASON_INFRASTRUCTURE

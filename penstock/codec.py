@@ -7,6 +7,8 @@ coordinator's validation.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import xxhash
 
@@ -16,6 +18,7 @@ from penstock.trajectory import (
     FinishReason,
     InstallMode,
     Lease,
+    Partial,
     PolicyVersion,
     Reward,
     RewardStatus,
@@ -152,6 +155,49 @@ def lease_from_wire(message: coordinator_pb2.Lease) -> Lease:
         sampling=sampling_from_wire(message.sampling),
         progress_timeout_seconds=to_seconds(message.progress_timeout),
         rival=message.rival,
+        continues=bool(message.partial),
+        partial=_partial_of(message),
+    )
+
+
+def _partial_of(message: coordinator_pb2.Lease) -> Partial | None:
+    """What a lease brings to go on from; nothing if its bytes changed on the way."""
+    if not message.partial or checksum(message.partial) != message.partial_checksum:
+        return None
+    return partial_from_wire(trajectory_pb2.Partial.FromString(message.partial))
+
+
+def partial_to_wire(partial: Partial) -> trajectory_pb2.Partial:
+    return trajectory_pb2.Partial(
+        token_ids=partial.token_ids.astype("<i4", copy=False).tobytes(),
+        loss_mask=partial.loss_mask.astype("u1", copy=False).tobytes(),
+        logprobs=partial.logprobs.astype("<f4", copy=False).tobytes(),
+        versions=_spans_to_wire(partial.versions),
+        num_turns=partial.num_turns,
+        cut=partial.cut,
+        environment_version=partial.environment_version,
+        environment_digest=partial.environment_digest,
+        observation_digest=partial.observation_digest,
+        generation_seconds=partial.generation_seconds,
+        environment_seconds=partial.environment_seconds,
+    )
+
+
+def partial_from_wire(message: trajectory_pb2.Partial) -> Partial:
+    """Raises ProtocolError if an array is not whole or the arrays differ in length."""
+    _check_lengths(message)
+    return Partial(
+        token_ids=np.frombuffer(message.token_ids, dtype="<i4"),
+        loss_mask=np.frombuffer(message.loss_mask, dtype="u1"),
+        logprobs=np.frombuffer(message.logprobs, dtype="<f4"),
+        versions=_spans_from_wire(message.versions),
+        num_turns=message.num_turns,
+        cut=message.cut,
+        environment_version=message.environment_version,
+        environment_digest=message.environment_digest,
+        observation_digest=message.observation_digest,
+        generation_seconds=message.generation_seconds,
+        environment_seconds=message.environment_seconds,
     )
 
 
@@ -162,10 +208,7 @@ def trajectory_to_wire(trajectory: Trajectory) -> trajectory_pb2.Trajectory:
         token_ids=trajectory.token_ids.astype("<i4", copy=False).tobytes(),
         loss_mask=trajectory.loss_mask.astype("u1", copy=False).tobytes(),
         logprobs=trajectory.logprobs.astype("<f4", copy=False).tobytes(),
-        versions=[
-            trajectory_pb2.VersionSpan(version=version_to_wire(span.version), num_tokens=span.num_tokens)
-            for span in trajectory.versions
-        ],
+        versions=_spans_to_wire(trajectory.versions),
         reward=reward_to_wire(trajectory.reward),
         finish_reason=_FINISH_REASON[trajectory.finish_reason],
         num_turns=trajectory.num_turns,
@@ -192,14 +235,7 @@ def checksum(payload: bytes) -> int:
 
 def trajectory_from_wire(message: trajectory_pb2.Trajectory) -> Trajectory:
     """Raises ProtocolError if an array is not whole or the arrays differ in length."""
-    num_tokens = len(message.loss_mask)
-    if num_tokens == 0:
-        raise ProtocolError("loss_mask is empty; expected one byte a token")
-    if len(message.token_ids) != 4 * num_tokens or len(message.logprobs) != 4 * num_tokens:
-        raise ProtocolError(
-            f"{len(message.token_ids)} bytes of token_ids and {len(message.logprobs)} of logprobs beside "
-            f"{num_tokens} of loss_mask; expected 4, 4 and 1 a token"
-        )
+    _check_lengths(message)
     check_enums(message)
     return Trajectory(
         trajectory_id=message.trajectory_id,
@@ -207,7 +243,7 @@ def trajectory_from_wire(message: trajectory_pb2.Trajectory) -> Trajectory:
         token_ids=np.frombuffer(message.token_ids, dtype="<i4"),
         loss_mask=np.frombuffer(message.loss_mask, dtype="u1"),
         logprobs=np.frombuffer(message.logprobs, dtype="<f4"),
-        versions=tuple(VersionSpan(version_from_wire(s.version), s.num_tokens) for s in message.versions),
+        versions=_spans_from_wire(message.versions),
         reward=reward_from_wire(message.reward),
         finish_reason=_FINISH_REASON_BACK[message.finish_reason],
         num_turns=message.num_turns,
@@ -219,6 +255,28 @@ def trajectory_from_wire(message: trajectory_pb2.Trajectory) -> Trajectory:
         generation_seconds=message.generation_seconds,
         environment_seconds=message.environment_seconds,
     )
+
+
+def _check_lengths(message: trajectory_pb2.Trajectory | trajectory_pb2.Partial) -> None:
+    num_tokens = len(message.loss_mask)
+    if num_tokens == 0:
+        raise ProtocolError("loss_mask is empty; expected one byte a token")
+    if len(message.token_ids) != 4 * num_tokens or len(message.logprobs) != 4 * num_tokens:
+        raise ProtocolError(
+            f"{len(message.token_ids)} bytes of token_ids and {len(message.logprobs)} of logprobs beside "
+            f"{num_tokens} of loss_mask; expected 4, 4 and 1 a token"
+        )
+
+
+def _spans_to_wire(spans: Iterable[VersionSpan]) -> list[trajectory_pb2.VersionSpan]:
+    return [
+        trajectory_pb2.VersionSpan(version=version_to_wire(span.version), num_tokens=span.num_tokens)
+        for span in spans
+    ]
+
+
+def _spans_from_wire(messages: Iterable[trajectory_pb2.VersionSpan]) -> tuple[VersionSpan, ...]:
+    return tuple(VersionSpan(version_from_wire(span.version), span.num_tokens) for span in messages)
 
 
 def check_enums(message: trajectory_pb2.Trajectory) -> None:

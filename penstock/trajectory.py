@@ -115,6 +115,29 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Partial:
+    """A rollout that its actor could not finish: enough to go on from its last token elsewhere."""
+
+    token_ids: TokenIds
+    """[T] int32."""
+    loss_mask: NDArray[np.uint8]
+    """[T] uint8: 1 where the policy sampled the token."""
+    logprobs: NDArray[np.float32]
+    """[T] float32; 0 where the mask is 0."""
+    versions: tuple[VersionSpan, ...]
+    """Covers the sampled tokens in order."""
+    num_turns: int
+    """Turns that the policy finished. One more may have begun."""
+    cut: bool
+    """The last finished turn was cut at a token limit."""
+    environment_version: str
+    environment_digest: str
+    observation_digest: str
+    generation_seconds: float = 0.0
+    environment_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
     """The right, and the duty, to fill one slot of a group."""
 
@@ -129,6 +152,10 @@ class Lease:
     rival: bool = False
     """Another lease of the slot is still played elsewhere, and the first result wins: this
     one needs an environment session of its own."""
+    continues: bool = False
+    """Another actor played a part of it before it left."""
+    partial: Partial | None = None
+    """That part, where it is needed: on the actor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

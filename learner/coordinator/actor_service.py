@@ -19,6 +19,7 @@ from penstock import PROTOCOL
 from penstock.codec import install_mode_to_wire, lease_to_wire, version_from_wire, version_to_wire
 from penstock.errors import ProtocolError
 from penstock.rpc import to_duration, to_seconds
+from penstock.trajectory import Lease
 from penstock.v1 import coordinator_pb2 as pb
 from penstock.v1 import coordinator_pb2_grpc, weights_pb2
 
@@ -139,10 +140,19 @@ class ActorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 )
                 if leases:
                     await self._coordinator.commit()
-                    return pb.AcquireLeasesResponse(leases=[lease_to_wire(lease) for lease in leases])
+                    return pb.AcquireLeasesResponse(leases=[self._to_wire(lease) for lease in leases])
                 outdated = version_from_wire(request.installed) != self._scheduler.version
                 if outdated or self._coordinator.stop.is_set() or not await wait_until(change, deadline):
                     return pb.AcquireLeasesResponse(reason=reason)
+
+    def _to_wire(self, lease: Lease) -> pb.Lease:
+        """With what another actor played of it, which is on disk by now, unless its group is gone."""
+        message = lease_to_wire(lease)
+        if lease.continues:
+            kept = self._coordinator.ledger.partial(lease.group_id, lease.slot)
+            if kept is not None:
+                message.partial, message.partial_checksum = kept
+        return message
 
     async def Submit(  # type: ignore[override]  # noqa: N802
         self,

@@ -145,6 +145,12 @@ def _one_end_each(db: apsw.Connection) -> Iterator[str]:
     )
     yield from _named(
         db,
+        "were handed over in part, and kept although their group is closed",
+        "SELECT group_id || '.' || slot FROM partials WHERE num_tokens < 1 "
+        "OR group_id IN (SELECT group_id FROM groups WHERE state IN ('trained', 'dropped'))",
+    )
+    yield from _named(
+        db,
         "came on a lease that was never granted",
         "SELECT trajectory_id FROM trajectories WHERE lease_id NOT IN (SELECT lease_id FROM leases)",
     )

@@ -24,7 +24,7 @@ from penstock.errors import ConfigError, LedgerError
 
 _log = logging.getLogger(__name__)
 
-FORMAT = "2"
+FORMAT = "3"
 # Rows hold payloads of several KiB: large pages commit 2.5 times as many a second.
 _PAGE_BYTES = 65536
 _CHECKSUM_BYTES = 8

@@ -36,6 +36,17 @@ class Filled:
     observation_digest: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandedOver:
+    """A partial rollout, in the ledger, that the slot's next lease may go on from."""
+
+    newest: PolicyVersion
+    """Only an actor with this version or a newer one may: versions never run backwards."""
+    num_bytes: int
+    num_tokens: int
+    """Sampled so far."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Slot:
     """One of a group's places. It is leased until a trajectory fills it or it is given up."""
@@ -44,6 +55,7 @@ class Slot:
     lease_ids: list[str] = field(default_factory=list)
     """Live leases: none, one, or a straggler and its rival. Ended ones may still fill the slot."""
     filled: Filled | None = None
+    handed_over: HandedOver | None = None
     given_up: bool = False
     faults: Counter[LeaseOutcome] = field(default_factory=Counter)
 

@@ -16,6 +16,7 @@ from learner.coordinator import submissions
 from learner.coordinator.core import Coordinator
 from learner.coordinator.decisions import Verdict
 from learner.coordinator.groups import LeaseOutcome
+from learner.coordinator.partials import SentPartial
 from learner.coordinator.records import TrajectoryState
 from learner.coordinator.submissions import Sent, Submission
 from learner.coordinator.validation import Rejected, RejectionCode
@@ -125,7 +126,10 @@ class Intake:
         release = item.release
         if item.HasField("release") and release.reason in _OUTCOMES:
             outcome = _OUTCOMES[release.reason]
-            self._scheduler.release(session_id, sequence, release.lease_id, outcome, release.message, now)
+            partial = SentPartial(release.partial, item.checksum) if release.partial else None
+            self._scheduler.release(
+                session_id, sequence, release.lease_id, outcome, release.message, now, partial
+            )
             return pb.Verdict(sequence=sequence, kind=pb.VERDICT_KIND_ACCEPTED)
         message = "expected a trajectory, or a release with a reason"
         return _to_wire(

@@ -21,7 +21,7 @@ from typing import Any
 import apsw
 
 from learner.coordinator import database, tables
-from learner.coordinator.groups import Filled, Group, LeaseOutcome, Slot
+from learner.coordinator.groups import Filled, Group, HandedOver, LeaseOutcome, Slot
 from learner.coordinator.records import Record, TrajectoryState
 from penstock.codec import checksum
 from penstock.errors import LedgerError
@@ -225,6 +225,13 @@ class Ledger:
             payloads.append(payload)
         return payloads
 
+    def partial(self, group_id: int, slot: int) -> tuple[bytes, int] | None:
+        """What was handed over of an open group's slot, and its checksum."""
+        rows = self._rows(
+            "SELECT payload, checksum FROM partials WHERE group_id = ? AND slot = ?", (group_id, slot)
+        )
+        return (rows[0][0], rows[0][1] % (1 << 64)) if rows else None
+
     def has_trajectory(self, trajectory_id: str) -> bool:
         return bool(self._rows("SELECT 1 FROM trajectories WHERE trajectory_id = ?", (trajectory_id,)))
 
@@ -266,6 +273,13 @@ class Ledger:
                 group.deaths.add(session_id)
             elif outcome is not None:
                 held.faults[LeaseOutcome(outcome)] += 1
+        for slot, epoch, step, num_tokens, num_bytes in self._rows(
+            "SELECT slot, newest_epoch, newest_step, num_tokens, length(payload) FROM partials WHERE group_id = ?",
+            (group.group_id,),
+        ):
+            group.slots[slot].handed_over = HandedOver(
+                newest=PolicyVersion(epoch, step), num_bytes=num_bytes, num_tokens=num_tokens
+            )
         for row in self._rows(
             "SELECT trajectory_id, slot, state, oldest_step, num_sampled, mixed, reward, observation_digest "
             "FROM trajectories WHERE group_id = ?",

@@ -67,6 +67,17 @@ CREATE TABLE payloads (
     checksum INTEGER NOT NULL                  -- XXH3 of the payload, as signed 64 bits
 );
 
+CREATE TABLE partials (                        -- handed over by leaving actors, of open groups
+    group_id INTEGER NOT NULL,
+    slot INTEGER NOT NULL,
+    newest_epoch INTEGER NOT NULL,             -- the newest version among its tokens
+    newest_step INTEGER NOT NULL,
+    num_tokens INTEGER NOT NULL,               -- sampled
+    payload BLOB NOT NULL,                     -- a Partial
+    checksum INTEGER NOT NULL,
+    PRIMARY KEY (group_id, slot)
+) WITHOUT ROWID;
+
 CREATE TABLE lineages (
     epoch INTEGER PRIMARY KEY,
     step INTEGER NOT NULL,                     -- of the checkpoint that it started from

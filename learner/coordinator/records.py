@@ -56,6 +56,18 @@ class LeaseGranted:
     session_id: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartialStored:
+    """A leaving actor handed over what it had played of a slot."""
+
+    group_id: int
+    slot: int
+    payload: bytes
+    checksum: int
+    newest: PolicyVersion
+    num_tokens: int
+
+
 class LeaseEnded(NamedTuple):
     lease_id: str
     outcome: LeaseOutcome
@@ -173,6 +185,7 @@ Record = (
     | SessionClosed
     | GroupOpened
     | LeaseGranted
+    | PartialStored
     | LeaseEnded
     | TrajectoryStored
     | ItemsRefused

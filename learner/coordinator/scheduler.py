@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from learner.config import FleetConfig, ScheduleConfig
-from learner.coordinator import validation
+from learner.coordinator import partials, validation
 from learner.coordinator.admission import Admission
 from learner.coordinator.board import Board
 from learner.coordinator.decisions import (
@@ -30,14 +30,16 @@ from learner.coordinator.decisions import (
     Verdict,
 )
 from learner.coordinator.fleet import ActorInfo, Fleet, ReportedStats, Session
-from learner.coordinator.groups import Filled, Group, LeaseOutcome, Slot
+from learner.coordinator.groups import Filled, Group, HandedOver, LeaseOutcome, Slot
 from learner.coordinator.journal import Journal
 from learner.coordinator.leases import LeaseTable, LiveLease
 from learner.coordinator.lineage import Lineage
+from learner.coordinator.partials import MAX_BYTES_A_GRANT, SentPartial
 from learner.coordinator.records import (
     GroupOpened,
     ItemsRefused,
     LeaseGranted,
+    PartialStored,
     Record,
     SequenceAdvanced,
     SessionClosed,
@@ -76,6 +78,8 @@ class Scheduler:
         self.limits = limits
         self.paused = False
         self.faults: dict[str, EnvironmentFaults] = {}
+        self.num_continued = 0
+        """Leases that went on from what another actor had played."""
         self._config = fleet
         self._sampling = sampling
         self._tasks = tasks
@@ -233,6 +237,7 @@ class Scheduler:
         session = self.fleet.require(session_id, now)
         refusal = self._refusal(session, installed, digest)
         leases: list[Lease] = []
+        num_bytes = 0
         while refusal is None and len(leases) < max_leases:
             found = (
                 self.board.free_slot(installed.step)
@@ -241,8 +246,13 @@ class Scheduler:
             )
             if isinstance(found, str):
                 refusal = found
-            else:
-                leases.append(self._grant(*found, session_id, now))
+                break
+            group, number = found
+            handed_over = self._handed_over(group.slots[number], installed)
+            num_bytes += handed_over.num_bytes if handed_over else 0
+            if leases and num_bytes > MAX_BYTES_A_GRANT:
+                break
+            leases.append(self._grant(group, number, session_id, handed_over, now))
         return leases, "" if leases else refusal or ""
 
     def _refusal(self, session: Session, installed: PolicyVersion, digest: str) -> str | None:
@@ -283,8 +293,21 @@ class Scheduler:
         )
         return group, 0
 
-    def _grant(self, group: Group, number: int, session_id: str, now: float) -> Lease:
+    def _handed_over(self, slot: Slot, installed: PolicyVersion) -> HandedOver | None:
+        """What a lease of the slot goes on from. A straggler's rival begins anew: it may be what is slow."""
+        handed_over = slot.handed_over
+        if handed_over is None or slot.lease_ids or handed_over.newest > installed:
+            return None
+        return handed_over
+
+    def _grant(
+        self, group: Group, number: int, session_id: str, handed_over: HandedOver | None, now: float
+    ) -> Lease:
         slot = group.slots[number]
+        if handed_over is not None:
+            # Once: should this lease come to nothing, what it went on from may be the cause.
+            slot.handed_over = None
+            self.num_continued += 1
         attempt = slot.next_attempt
         slot.next_attempt += 1
         lease_id = f"{group.group_id}.{number}.{attempt}"
@@ -311,6 +334,7 @@ class Scheduler:
             sampling=self._sampling_of(group.group_id, number, attempt),
             progress_timeout_seconds=self._config.progress_timeout_seconds,
             rival=rival,
+            continues=handed_over is not None,
         )
 
     def _sampling_of(self, group_id: int, slot: int, attempt: int) -> Sampling:
@@ -359,9 +383,16 @@ class Scheduler:
         return Verdict(None, code, message)
 
     def release(
-        self, session_id: str, sequence: int, lease_id: str, outcome: LeaseOutcome, message: str, now: float
+        self,
+        session_id: str,
+        sequence: int,
+        lease_id: str,
+        outcome: LeaseOutcome,
+        message: str,
+        now: float,
+        partial: SentPartial | None = None,
     ) -> None:
-        """An actor gives a lease back without a trajectory."""
+        """An actor gives a lease back without a trajectory, perhaps with what it played of one."""
         session = self.fleet.require(session_id, now)
         if not self._advance(session, sequence):
             return
@@ -369,7 +400,32 @@ class Scheduler:
         if lease is not None and lease.session_id == session_id:
             if outcome in (LeaseOutcome.INFRASTRUCTURE, LeaseOutcome.DATA):
                 self._count_fault(lease, FaultKind(outcome.value), message)
+            if partial is not None and outcome is LeaseOutcome.DRAINED:
+                self._take_over(lease, partial)
             self.board.end_lease(lease, outcome, message=message)
+
+    def _take_over(self, lease: LiveLease, partial: SentPartial) -> None:
+        """Keeps what a leaving actor played, unless its group is closed or it is unsound."""
+        group = self.groups.get(lease.group_id)
+        if group is None or group.slots[lease.slot].filled is not None:
+            return
+        try:
+            kept = partials.check(partial, self.limits, self.lineage.versions, group, self.epoch)
+        except Rejected as rejected:
+            self._journal.record(ItemsRefused(rejected=(rejected.code,)))
+            self._journal.event("rejected", f"partial rollout of lease {lease.lease_id}: {rejected}")
+            return
+        group.slots[lease.slot].handed_over = kept
+        self._journal.record(
+            PartialStored(
+                group_id=lease.group_id,
+                slot=lease.slot,
+                payload=partial.payload,
+                checksum=partial.checksum,
+                newest=kept.newest,
+                num_tokens=kept.num_tokens,
+            )
+        )
 
     def _advance(self, session: Session, sequence: int) -> bool:
         """Notes an item's number; False if it was decided upon before. Raises ProtocolError."""

@@ -207,11 +207,12 @@ def _submission(
         reward=reward.value if reward.status == trajectory_pb2.REWARD_STATUS_VALID else math.nan,
         task=tasks.get(key) or tasks.setdefault(key, Task(*key)),
         observation_digest=message.observation_digest,
-        flaw=flaw or _span_flaw(spans, num_sampled) or _reward_flaw(message),
+        flaw=flaw or span_flaw(spans, num_sampled) or _reward_flaw(message),
     )
 
 
-def _span_flaw(spans: Sequence[VersionSpan], num_sampled: int) -> Rejected | None:
+def span_flaw(spans: Sequence[VersionSpan], num_sampled: int) -> Rejected | None:
+    """What is wrong with the versions of so many sampled tokens."""
     lengths = [span.num_tokens for span in spans]
     covered = sum(lengths)
     if covered != num_sampled or 0 in lengths:

@@ -26,6 +26,7 @@ from learner.coordinator.records import (
     LeaseEnded,
     LeaseGranted,
     LineageOpened,
+    PartialStored,
     Record,
     RunFinished,
     SequenceAdvanced,
@@ -153,6 +154,15 @@ def _leases_granted(db: _Transaction, records: Sequence[LeaseGranted]) -> None:
     db.execute_many("INSERT INTO leases (lease_id, group_id, slot, attempt, session_id) VALUES {}", rows)
 
 
+def _partials_stored(db: _Transaction, records: Sequence[PartialStored]) -> None:
+    for r in records:
+        db.execute(
+            "INSERT OR REPLACE INTO partials VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (r.group_id, r.slot, *r.newest, r.num_tokens, r.payload, signed(r.checksum)),
+        )
+    db.add("handed_over", len(records))
+
+
 def _leases_ended(db: _Transaction, records: Sequence[LeaseEnded]) -> None:
     db.execute_many(
         "UPDATE leases SET outcome = ended.column2, message = ended.column3 FROM (VALUES {}) AS ended "
@@ -198,6 +208,7 @@ def _group_dropped(db: _Transaction, r: GroupDropped) -> None:
         "UPDATE groups SET state = 'dropped', step = NULL, reason = ? WHERE group_id = ?",
         (r.reason, r.group_id),
     )
+    db.execute("DELETE FROM partials WHERE group_id = ?", (r.group_id,))
     pending = "group_id = ? AND state = 'pending'"
     db.execute(
         f"DELETE FROM payloads WHERE trajectory_id IN (SELECT trajectory_id FROM trajectories WHERE {pending})",  # noqa: S608
@@ -222,6 +233,7 @@ def _batch_assigned(db: _Transaction, r: BatchAssigned) -> None:
 def _batch_trained(db: _Transaction, r: BatchTrained) -> None:
     for group_id in r.group_ids:
         db.execute("UPDATE groups SET state = 'trained', step = ? WHERE group_id = ?", (r.step, group_id))
+        db.execute("DELETE FROM partials WHERE group_id = ?", (group_id,))
         db.execute(
             "UPDATE trajectories SET state = 'trained', step = ?1, lag = max(0, ?1 - oldest_step) "
             "WHERE group_id = ?2 AND state = 'pending'",
@@ -292,6 +304,7 @@ _GATHERED: dict[type, Callable[[_Transaction, Any], None]] = {
     GroupOpened: _groups_opened,
     LeaseGranted: _leases_granted,
     TrajectoryStored: _trajectories_stored,
+    PartialStored: _partials_stored,
     LeaseEnded: _leases_ended,
     SequenceAdvanced: _sequences_advanced,
     SessionClosed: _sessions_closed,

@@ -637,6 +637,8 @@ class Lease(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     PROGRESS_TIMEOUT_FIELD_NUMBER: _builtins.int
     RIVAL_FIELD_NUMBER: _builtins.int
+    PARTIAL_FIELD_NUMBER: _builtins.int
+    PARTIAL_CHECKSUM_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     group_id: _builtins.int
     slot: _builtins.int
@@ -646,6 +648,11 @@ class Lease(_message.Message):
     """Another lease of the slot is still played elsewhere, and the first result wins:
     play this one in an environment session of its own, so as not to end that one's.
     """
+    partial: _builtins.bytes
+    """What another actor played of this slot before it left: go on from its last token.
+    A Partial, as its actor sent it, and its checksum. Empty: begin anew.
+    """
+    partial_checksum: _builtins.int
     @_builtins.property
     def task(self) -> _trajectory_pb2.Task: ...
     @_builtins.property
@@ -665,10 +672,12 @@ class Lease(_message.Message):
         sampling: _trajectory_pb2.Sampling | None = ...,
         progress_timeout: _duration_pb2.Duration | None = ...,
         rival: _builtins.bool = ...,
+        partial: _builtins.bytes = ...,
+        partial_checksum: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["progress_timeout", b"progress_timeout", "sampling", b"sampling", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "group_id", b"group_id", "lease_id", b"lease_id", "progress_timeout", b"progress_timeout", "rival", b"rival", "sampling", b"sampling", "slot", b"slot", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "group_id", b"group_id", "lease_id", b"lease_id", "partial", b"partial", "partial_checksum", b"partial_checksum", "progress_timeout", b"progress_timeout", "rival", b"rival", "sampling", b"sampling", "slot", b"slot", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -742,19 +751,25 @@ class Release(_message.Message):
     LEASE_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    PARTIAL_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     reason: Global___ReleaseReason.ValueType
     message: _builtins.str
+    partial: _builtins.bytes
+    """With DRAINING: what was played so far, for another actor to go on from.
+    A Partial; the item's checksum is of these bytes.
+    """
     def __init__(
         self,
         *,
         lease_id: _builtins.str = ...,
         reason: Global___ReleaseReason.ValueType = ...,
         message: _builtins.str = ...,
+        partial: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id", "message", b"message", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id", "message", b"message", "partial", b"partial", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

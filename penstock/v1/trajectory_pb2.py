@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpenstock/v1/trajectory.proto\x12\x0bpenstock.v1\",\n\rPolicyVersion\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\"N\n\x0bVersionSpan\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.penstock.v1.PolicyVersion\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\"G\n\x04Task\x12\x13\n\x0b\x65nvironment\x18\x01 \x01(\t\x12\r\n\x05split\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\x04\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"_\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x04\"b\n\x06Reward\x12)\n\x06status\x18\x01 \x01(\x0e\x32\x19.penstock.v1.RewardStatus\x12\x12\n\x05value\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07message\x18\x03 \x01(\tB\x08\n\x06_value\"\x99\x04\n\nTrajectory\x12\x15\n\rtrajectory_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x11\n\tloss_mask\x18\x04 \x01(\x0c\x12\x10\n\x08logprobs\x18\x05 \x01(\x0c\x12*\n\x08versions\x18\x06 \x03(\x0b\x32\x18.penstock.v1.VersionSpan\x12#\n\x06reward\x18\x07 \x01(\x0b\x32\x13.penstock.v1.Reward\x12\x30\n\rfinish_reason\x18\x08 \x01(\x0e\x32\x19.penstock.v1.FinishReason\x12\x11\n\tnum_turns\x18\t \x01(\r\x12\x1f\n\x04task\x18\n \x01(\x0b\x32\x11.penstock.v1.Task\x12\x1b\n\x13\x65nvironment_version\x18\x0b \x01(\t\x12\x1a\n\x12\x65nvironment_digest\x18\x0c \x01(\t\x12\x1a\n\x12observation_digest\x18\r \x01(\t\x12\x35\n\x07metrics\x18\x0e \x03(\x0b\x32$.penstock.v1.Trajectory.MetricsEntry\x12\x1a\n\x12generation_seconds\x18\x0f \x01(\x01\x12\x1b\n\x13\x65nvironment_seconds\x18\x10 \x01(\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01*\xc9\x01\n\x0cRewardStatus\x12\x1d\n\x19REWARD_STATUS_UNSPECIFIED\x10\x00\x12\x17\n\x13REWARD_STATUS_VALID\x10\x01\x12\x19\n\x15REWARD_STATUS_NOT_YET\x10\x02\x12\x1c\n\x18REWARD_STATUS_UNSCORABLE\x10\x03\x12&\n\"REWARD_STATUS_INFRASTRUCTURE_ERROR\x10\x04\x12 \n\x1cREWARD_STATUS_SCORER_TIMEOUT\x10\x05*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_DONE\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpenstock/v1/trajectory.proto\x12\x0bpenstock.v1\",\n\rPolicyVersion\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\"N\n\x0bVersionSpan\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.penstock.v1.PolicyVersion\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\"G\n\x04Task\x12\x13\n\x0b\x65nvironment\x18\x01 \x01(\t\x12\r\n\x05split\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\x04\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"_\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x04\"b\n\x06Reward\x12)\n\x06status\x18\x01 \x01(\x0e\x32\x19.penstock.v1.RewardStatus\x12\x12\n\x05value\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07message\x18\x03 \x01(\tB\x08\n\x06_value\"\x9b\x02\n\x07Partial\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\x12\x11\n\tloss_mask\x18\x02 \x01(\x0c\x12\x10\n\x08logprobs\x18\x03 \x01(\x0c\x12*\n\x08versions\x18\x04 \x03(\x0b\x32\x18.penstock.v1.VersionSpan\x12\x11\n\tnum_turns\x18\x05 \x01(\r\x12\x0b\n\x03\x63ut\x18\x06 \x01(\x08\x12\x1b\n\x13\x65nvironment_version\x18\x07 \x01(\t\x12\x1a\n\x12\x65nvironment_digest\x18\x08 \x01(\t\x12\x1a\n\x12observation_digest\x18\t \x01(\t\x12\x1a\n\x12generation_seconds\x18\n \x01(\x01\x12\x1b\n\x13\x65nvironment_seconds\x18\x0b \x01(\x01\"\x99\x04\n\nTrajectory\x12\x15\n\rtrajectory_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x11\n\tloss_mask\x18\x04 \x01(\x0c\x12\x10\n\x08logprobs\x18\x05 \x01(\x0c\x12*\n\x08versions\x18\x06 \x03(\x0b\x32\x18.penstock.v1.VersionSpan\x12#\n\x06reward\x18\x07 \x01(\x0b\x32\x13.penstock.v1.Reward\x12\x30\n\rfinish_reason\x18\x08 \x01(\x0e\x32\x19.penstock.v1.FinishReason\x12\x11\n\tnum_turns\x18\t \x01(\r\x12\x1f\n\x04task\x18\n \x01(\x0b\x32\x11.penstock.v1.Task\x12\x1b\n\x13\x65nvironment_version\x18\x0b \x01(\t\x12\x1a\n\x12\x65nvironment_digest\x18\x0c \x01(\t\x12\x1a\n\x12observation_digest\x18\r \x01(\t\x12\x35\n\x07metrics\x18\x0e \x03(\x0b\x32$.penstock.v1.Trajectory.MetricsEntry\x12\x1a\n\x12generation_seconds\x18\x0f \x01(\x01\x12\x1b\n\x13\x65nvironment_seconds\x18\x10 \x01(\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01*\xc9\x01\n\x0cRewardStatus\x12\x1d\n\x19REWARD_STATUS_UNSPECIFIED\x10\x00\x12\x17\n\x13REWARD_STATUS_VALID\x10\x01\x12\x19\n\x15REWARD_STATUS_NOT_YET\x10\x02\x12\x1c\n\x18REWARD_STATUS_UNSCORABLE\x10\x03\x12&\n\"REWARD_STATUS_INFRASTRUCTURE_ERROR\x10\x04\x12 \n\x1cREWARD_STATUS_SCORER_TIMEOUT\x10\x05*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_DONE\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TRAJECTORY_METRICSENTRY']._loaded_options = None
   _globals['_TRAJECTORY_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_REWARDSTATUS']._serialized_start=982
-  _globals['_REWARDSTATUS']._serialized_end=1183
-  _globals['_FINISHREASON']._serialized_start=1185
-  _globals['_FINISHREASON']._serialized_end=1280
+  _globals['_REWARDSTATUS']._serialized_start=1268
+  _globals['_REWARDSTATUS']._serialized_end=1469
+  _globals['_FINISHREASON']._serialized_start=1471
+  _globals['_FINISHREASON']._serialized_end=1566
   _globals['_POLICYVERSION']._serialized_start=45
   _globals['_POLICYVERSION']._serialized_end=89
   _globals['_VERSIONSPAN']._serialized_start=91
@@ -47,8 +47,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLING']._serialized_end=339
   _globals['_REWARD']._serialized_start=341
   _globals['_REWARD']._serialized_end=439
-  _globals['_TRAJECTORY']._serialized_start=442
-  _globals['_TRAJECTORY']._serialized_end=979
-  _globals['_TRAJECTORY_METRICSENTRY']._serialized_start=933
-  _globals['_TRAJECTORY_METRICSENTRY']._serialized_end=979
+  _globals['_PARTIAL']._serialized_start=442
+  _globals['_PARTIAL']._serialized_end=725
+  _globals['_TRAJECTORY']._serialized_start=728
+  _globals['_TRAJECTORY']._serialized_end=1265
+  _globals['_TRAJECTORY_METRICSENTRY']._serialized_start=1219
+  _globals['_TRAJECTORY_METRICSENTRY']._serialized_end=1265
 # @@protoc_insertion_point(module_scope)

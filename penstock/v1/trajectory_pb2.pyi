@@ -234,6 +234,65 @@ class Reward(_message.Message):
 Global___Reward: _TypeAlias = Reward  # noqa: Y015
 
 @_typing.final
+class Partial(_message.Message):
+    """A rollout that was cut short by its actor's leaving: enough to go on from its last token.
+
+    Whoever goes on resets the environment with the same task and plays the finished turns
+    again; every observation must come out as recorded, else the rollout begins anew.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    LOSS_MASK_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    NUM_TURNS_FIELD_NUMBER: _builtins.int
+    CUT_FIELD_NUMBER: _builtins.int
+    ENVIRONMENT_VERSION_FIELD_NUMBER: _builtins.int
+    ENVIRONMENT_DIGEST_FIELD_NUMBER: _builtins.int
+    OBSERVATION_DIGEST_FIELD_NUMBER: _builtins.int
+    GENERATION_SECONDS_FIELD_NUMBER: _builtins.int
+    ENVIRONMENT_SECONDS_FIELD_NUMBER: _builtins.int
+    token_ids: _builtins.bytes
+    """As in Trajectory: int32[T], uint8[T], float32[T], and the versions of what was sampled."""
+    loss_mask: _builtins.bytes
+    logprobs: _builtins.bytes
+    num_turns: _builtins.int
+    """Turns that the policy finished. One more may have begun."""
+    cut: _builtins.bool
+    """The last finished turn was cut at a token limit."""
+    environment_version: _builtins.str
+    environment_digest: _builtins.str
+    observation_digest: _builtins.str
+    generation_seconds: _builtins.float
+    environment_seconds: _builtins.float
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionSpan]: ...
+    def __init__(
+        self,
+        *,
+        token_ids: _builtins.bytes = ...,
+        loss_mask: _builtins.bytes = ...,
+        logprobs: _builtins.bytes = ...,
+        versions: _abc.Iterable[Global___VersionSpan] | None = ...,
+        num_turns: _builtins.int = ...,
+        cut: _builtins.bool = ...,
+        environment_version: _builtins.str = ...,
+        environment_digest: _builtins.str = ...,
+        observation_digest: _builtins.str = ...,
+        generation_seconds: _builtins.float = ...,
+        environment_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cut", b"cut", "environment_digest", b"environment_digest", "environment_seconds", b"environment_seconds", "environment_version", b"environment_version", "generation_seconds", b"generation_seconds", "logprobs", b"logprobs", "loss_mask", b"loss_mask", "num_turns", b"num_turns", "observation_digest", b"observation_digest", "token_ids", b"token_ids", "versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Partial: _TypeAlias = Partial  # noqa: Y015
+
+@_typing.final
 class Trajectory(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -11,15 +11,17 @@ from learner.coordinator import submissions
 from learner.coordinator.decisions import History
 from learner.coordinator.fleet import ActorInfo
 from learner.coordinator.ledger import Recovered
+from learner.coordinator.partials import SentPartial
 from learner.coordinator.scheduler import Scheduler
 from learner.coordinator.sieve import Sieve
 from learner.coordinator.submissions import Sent, Submission
 from learner.coordinator.tasks import TaskOrder, TaskSource
 from learner.coordinator.validation import Limits, Rejected
-from penstock.codec import checksum, trajectory_to_wire
+from penstock.codec import checksum, partial_to_wire, trajectory_to_wire
 from penstock.trajectory import (
     FinishReason,
     Lease,
+    Partial,
     PolicyVersion,
     Reward,
     Sampling,
@@ -132,6 +134,23 @@ def make_message(lease: Lease, version: PolicyVersion, **changes: object) -> tra
     return trajectory_to_wire(make_trajectory(lease, version, **changes))
 
 
+def make_partial(lease: Lease, version: PolicyVersion, **changes: object) -> SentPartial:
+    """Two prompt tokens and two sampled ones of a turn that is not finished."""
+    fields: dict[str, object] = {
+        "token_ids": np.array([1, 2, 3, 4], dtype=np.int32),
+        "loss_mask": np.array([0, 0, 1, 1], dtype=np.uint8),
+        "logprobs": np.array([0, 0, -0.5, -1.0], dtype=np.float32),
+        "versions": (VersionSpan(version, 2),),
+        "num_turns": 0,
+        "cut": False,
+        "environment_version": "1",
+        "environment_digest": "ab",
+        "observation_digest": f"observation of {lease.task}",
+    }
+    payload = partial_to_wire(Partial(**(fields | changes))).SerializeToString()  # type: ignore[arg-type]
+    return SentPartial(payload, checksum(payload))
+
+
 def read(message: trajectory_pb2.Trajectory) -> Submission | Rejected:
     """The message as an actor sends it, and as the coordinator reads it."""
     payload = message.SerializeToString()
@@ -151,6 +170,14 @@ class Submitter:
         self.sequence += 1
         return self.scheduler.submit(self.session_id, self.sequence, read(message), now)
 
-    def release(self, lease: Lease, outcome, message: str = "", *, now: float = 0.0) -> None:  # type: ignore[no-untyped-def]
+    def release(  # type: ignore[no-untyped-def]
+        self,
+        lease: Lease,
+        outcome,
+        message: str = "",
+        *,
+        now: float = 0.0,
+        partial: SentPartial | None = None,
+    ) -> None:
         self.sequence += 1
-        self.scheduler.release(self.session_id, self.sequence, lease.lease_id, outcome, message, now)
+        self.scheduler.release(self.session_id, self.sequence, lease.lease_id, outcome, message, now, partial)

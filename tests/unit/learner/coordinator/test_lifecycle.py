@@ -23,11 +23,12 @@ from learner.coordinator.groups import LeaseOutcome
 from learner.coordinator.ledger import Ledger
 from learner.coordinator.records import GroupDropped, TrajectoryState
 from learner.coordinator.scheduler import Scheduler
+from penstock.codec import version_from_wire
 from penstock.errors import PeerLost, SessionFenced
 from penstock.trajectory import Lease, PolicyVersion
 from penstock.v1 import trajectory_pb2
 
-from .fakes import Submitter, acquire, join, make_message, make_scheduler, publish, restore
+from .fakes import Submitter, acquire, join, make_message, make_partial, make_scheduler, publish, restore
 
 MAX_LAG = 2
 ACTORS = ("a", "b", "c")
@@ -130,8 +131,17 @@ class Lifecycle(RuleBasedStateMachine):
         except (PeerLost, SessionFenced):
             del self.submitters[name]
             return
-        self.leases += [(name, lease, version) for lease in leases]
         self.commit()
+        for lease in leases:
+            began = self.goes_on_from(lease) if lease.continues else version
+            self.leases.append((name, lease, began))
+
+    def goes_on_from(self, lease: Lease) -> PolicyVersion:
+        """The version of a handed over rollout's tokens, which the whole then is as old as."""
+        kept = self.ledger.partial(lease.group_id, lease.slot)
+        assert kept is not None, "what a lease goes on from is on disk"
+        message = trajectory_pb2.Partial.FromString(kept[0])
+        return version_from_wire(message.versions[0].version)
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
@@ -150,12 +160,17 @@ class Lifecycle(RuleBasedStateMachine):
             assert verdict.is_duplicate
 
     @precondition(lambda self: self.leases)
-    @rule(data=st.data(), outcome=st.sampled_from([LeaseOutcome.DRAINED, LeaseOutcome.INFRASTRUCTURE]))
-    def actor_releases(self, data: st.DataObject, outcome: LeaseOutcome) -> None:
-        name, lease, _ = self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1)))
+    @rule(
+        data=st.data(),
+        outcome=st.sampled_from([LeaseOutcome.DRAINED, LeaseOutcome.INFRASTRUCTURE]),
+        hands_over=st.booleans(),
+    )
+    def actor_releases(self, data: st.DataObject, outcome: LeaseOutcome, hands_over: bool) -> None:
+        name, lease, version = self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1)))
+        partial = make_partial(lease, version) if hands_over else None
         if name in self.submitters:
             try:
-                self.submitters[name].release(lease, outcome, now=self.now)
+                self.submitters[name].release(lease, outcome, now=self.now, partial=partial)
             except (PeerLost, SessionFenced):
                 del self.submitters[name]
         self.commit()
@@ -265,6 +280,13 @@ class Lifecycle(RuleBasedStateMachine):
             assert [m.trajectory_id for m in group.members] == [
                 m.trajectory_id for m in on_disk[group_id].members
             ]
+
+    @invariant()
+    def what_is_handed_over_is_kept(self) -> None:
+        for group in self.scheduler.groups.values():
+            for number, slot in enumerate(group.slots):
+                if slot.handed_over is not None:
+                    assert self.ledger.partial(group.group_id, number) is not None
 
     @invariant()
     def every_live_lease_belongs_to_a_free_slot(self) -> None:
