@@ -130,6 +130,7 @@ class Board:
     def drop(self, group: Group, state: TrajectoryState, reason: str, *, quietly: bool = False) -> None:
         """Closes a group untrained: its pending trajectories end in `state`."""
         self.close(group)
+        group.is_quarantined = state is TrajectoryState.QUARANTINED
         self._journal.record(GroupDropped(group_id=group.group_id, state=state, reason=reason))
         if not quietly:
             self._journal.event("dropped", f"group {group.group_id} ({group.task}): {reason}")

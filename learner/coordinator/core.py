@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable
 
 from learner.coordinator.decisions import Revocation
+from learner.coordinator.disk import DiskGuard, Room
 from learner.coordinator.explain import TrainerWait, why
 from learner.coordinator.ledger import Ledger, Totals
 from learner.coordinator.scheduler import Scheduler
@@ -15,6 +18,8 @@ from penstock.signals import Stop
 from penstock.tasks import unless_stopped
 
 TICK_SECONDS = 1.0
+
+_log = logging.getLogger(__name__)
 
 
 class Pulse:
@@ -54,6 +59,7 @@ class Coordinator:
         stop: Stop,
         *,
         run_id: str,
+        min_free_bytes: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.run_id = run_id
@@ -68,6 +74,7 @@ class Coordinator:
         self.checkpoint_requested = False
         self.step_metrics: dict[str, float] = {}
         self.totals = ledger.totals()
+        self._disk = DiskGuard(min_free_bytes)
         self._revocations: defaultdict[str, list[Revocation]] = defaultdict(list)
 
     async def commit(self) -> None:
@@ -98,6 +105,15 @@ class Coordinator:
         self.totals = await asyncio.to_thread(self.ledger.totals)
         return self.totals
 
+    def note_disk(self, free_bytes: int) -> None:
+        """Stops or allows leases by the room that the ledger's disk has."""
+        event = self._disk.note(free_bytes)
+        if event is not None:
+            _log.warning("%s", event)
+            self.scheduler.note_event("disk", event)
+        is_full = self._disk.room is Room.NONE
+        self.scheduler.set_no_room(self._disk.describe(free_bytes) if is_full else "")
+
     async def tick_forever(self) -> None:
         """Ends what is past its deadline, once a second, until the stop.
 
@@ -112,11 +128,13 @@ class Coordinator:
         self.changed.fire()
 
     async def commit_ticks(self) -> None:
-        """Writes what ticks decided, and counts the ledger anew, until the stop."""
+        """Looks at the disk, writes what ticks decided, and counts the ledger anew, until the stop."""
+        self.note_disk(shutil.disk_usage(self.ledger.path.parent).free)
         while await unless_stopped(self._ticked.wait(), self.stop, name="wait for a tick"):
             self._ticked.clear()
             live = {session.session_id for session in self.scheduler.fleet.sessions()}
             for gone in self._revocations.keys() - live:
                 del self._revocations[gone]
+            self.note_disk(shutil.disk_usage(self.ledger.path.parent).free)
             await self.commit()
             await self.refresh_totals()

@@ -37,9 +37,12 @@ _BUSY_MILLISECONDS = 5000
 
 
 def lock(path: Path) -> IO[str]:
-    """Holds a lock on the run folder for as long as the file is open. Raises ConfigError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = (path.parent / "ledger.lock").open("a")
+    """Holds a lock on the run folder for as long as the file is open. Raises ConfigError, LedgerError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = (path.parent / "ledger.lock").open("a")
+    except OSError as error:
+        raise LedgerError(f"{path.parent} cannot be written: {error}") from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -42,6 +42,8 @@ def _learner(scheduler: Scheduler, trainer: TrainerWait | None, now: float) -> I
         yield f"the learner waits since {now - trainer.since:.1f} s for {trainer.waiting.reason}"
     if scheduler.paused:
         yield "an operator paused the run: no leases are granted until `penstock resume`"
+    if scheduler.no_room:
+        yield f"no leases are granted until there is room: {scheduler.no_room}"
 
 
 def _groups(scheduler: Scheduler, groups: Iterable[Group], now: float) -> Iterator[str]:

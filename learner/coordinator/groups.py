@@ -84,6 +84,8 @@ class Group:
     """It kept the learner waiting past the deadline: every missing slot may have a rival."""
     extra_ids: set[str] = field(default_factory=set)
     """Trajectories of this group that filled no slot."""
+    is_quarantined: bool = False
+    """Closed because of what its task or its trajectories did: what comes late is set aside with them."""
     deaths: set[str] = field(default_factory=set)
     """Sessions that died while they held one of its leases."""
 

@@ -200,10 +200,13 @@ class Ledger:
 
     def _recount(self) -> None:
         """Counts the rows once: what the tallies say of them must be true, whatever wrote them."""
-        with self._db:
-            before = read_totals(self._db)
-            tables.recount(self._db)
-            after = read_totals(self._db)
+        try:
+            with self._db:
+                before = read_totals(self._db)
+                tables.recount(self._db)
+                after = read_totals(self._db)
+        except apsw.Error as error:
+            raise LedgerError(f"{self.path}: cannot be written: {database.explain(error)}") from error
         if before != after:
             _log.error("%s: the tallies said %s; the rows say %s", self.path, before, after)
 

@@ -103,7 +103,9 @@ async def _run(
     host, _ = rpc.split_address(settings.bind)
     found = ledger.recover()
     scheduler = _restore(settings, policy, environments, ledger, found)
-    coordinator = Coordinator(scheduler, ledger, stop, run_id=found.run_id)
+    coordinator = Coordinator(
+        scheduler, ledger, stop, run_id=found.run_id, min_free_bytes=settings.ledger.min_free_bytes
+    )
     weights_server = ZeromqServer(f"tcp://{host}:0")
     publications = Publications(weights_server)
     _resume(coordinator, publications, found)

@@ -77,6 +77,8 @@ class Scheduler:
         self.fleet = Fleet(fleet)
         self.limits = limits
         self.paused = False
+        self.no_room = ""
+        """Why the ledger's disk has no room for more."""
         self.faults: dict[str, EnvironmentFaults] = {}
         self.num_continued = 0
         """Leases that went on from what another actor had played."""
@@ -223,6 +225,13 @@ class Scheduler:
             self.board.end_lease(lease, LeaseOutcome.EXPIRED, revoke="no progress")
         self._stragglers.tick(self.lineage.waiting, now)
 
+    def set_no_room(self, reason: str) -> None:
+        """While there is a reason no lease is granted; what is leased goes on."""
+        self.no_room = reason
+
+    def note_event(self, kind: str, message: str) -> None:
+        self._journal.event(kind, message)
+
     def set_paused(self, paused: bool) -> None:
         """While paused no lease is granted; what is leased goes on."""
         self.paused = paused
@@ -262,6 +271,8 @@ class Scheduler:
             return "no version is published yet"
         if self.paused:
             return "the run is paused by an operator"
+        if self.no_room:
+            return self.no_room
         if session.draining:
             return "the actor is draining"
         if installed.epoch != self.epoch:
@@ -478,6 +489,8 @@ class Scheduler:
         return group.holds(trajectory_id)
 
     def _verdict_on(self, group: Group | None, slot_number: int, submission: Submission) -> Verdict:
+        if group is not None and group.is_quarantined:
+            return Verdict(TrajectoryState.QUARANTINED, message="its group is quarantined")
         if group is None or group.group_id not in self.groups or self.board.is_assigned(group):
             return Verdict(TrajectoryState.SURPLUS, message="its group is trained or dropped")
         if group.slots[slot_number].filled is not None:

@@ -272,6 +272,19 @@ def test_a_skipped_step_quarantines_its_batch_and_makes_another():
     assert batch.groups[0].group_id != poisoned.groups[0].group_id
 
 
+def test_what_comes_late_for_a_quarantined_group_is_quarantined_too():
+    scheduler = make_scheduler(groups_per_step=1, group_size=2)
+    version = start(scheduler)
+    submit = Submitter(scheduler, join(scheduler))
+    leases = acquire(scheduler, submit.session_id, version, 2)
+    for lease in leases:
+        submit(make_message(lease, version))
+    scheduler.lineage.next_batch(version.epoch, 0)
+    scheduler.lineage.skip(version.epoch, 0, "the loss is nan")
+    late = submit(make_message(leases[0], version))
+    assert late.state is TrajectoryState.QUARANTINED
+
+
 def test_a_newer_trainer_fences_the_older_one():
     scheduler = make_scheduler()
     old = start(scheduler)
