@@ -11,22 +11,23 @@ H   query heads            K   key-value heads           D   width of a head
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
+from learner.training.causal import causal_attention, hidden_from
+
 PACKED = "penstock_packed"
 
-_DENSE_LENGTH = 256
-"""Up to this length scores are computed as one matrix product; beyond, block by block in SDPA."""
+_KEPT_LENGTH = 1024
+"""Up to this length attention weights are kept for the backward pass; beyond, SDPA computes them again."""
 _BUCKET_SCORES = 1 << 20
 """Bound on N * L * L of a bucket, so that the scores of short sequences stay in cache."""
 _MIN_FILL = 0.8
@@ -52,25 +53,24 @@ class Bucket:
     """[stop - start] int64 into [N * L]."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RowLayout:
-    """Where a row's sequences begin and end."""
+    """Where a row's sequences begin and end. Lengths must not increase."""
 
-    cumulative: torch.Tensor
-    """[sequences + 1] int32."""
-    max_length: int
-    buckets: tuple[Bucket, ...]
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.lengths = tuple(lengths)
+        self.device = device
+        self.max_length = self.lengths[0]
 
+    @cached_property
+    def cumulative(self) -> torch.Tensor:
+        """[sequences + 1] int32."""
+        cumulative = torch.zeros(len(self.lengths) + 1, dtype=torch.int32)
+        cumulative[1:] = torch.tensor(self.lengths).cumsum(0)
+        return cumulative.to(self.device)
 
-def row_layout(lengths: Sequence[int], device: torch.device) -> RowLayout:
-    """Lengths must not increase."""
-    cumulative = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-    cumulative[1:] = torch.tensor(lengths).cumsum(0)
-    return RowLayout(
-        cumulative=cumulative.to(device),
-        max_length=lengths[0],
-        buckets=tuple(_bucket(start, part, device) for start, part in _bucket_lengths(lengths)),
-    )
+    @cached_property
+    def buckets(self) -> tuple[Bucket, ...]:
+        return tuple(_bucket(start, part, self.device) for start, part in _bucket_lengths(self.lengths))
 
 
 def _bucket_lengths(lengths: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
@@ -105,6 +105,7 @@ def _bucket(start: int, lengths: Sequence[int], device: torch.device) -> Bucket:
     )
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -171,7 +172,7 @@ def _varlen(
     return out
 
 
-@functools.cache
+@cache
 def _flash_kernel() -> Callable[..., torch.Tensor] | None:
     """flash-attn's kernel for sequences end to end, where the package is installed."""
     if importlib.util.find_spec("flash_attn") is None:
@@ -188,21 +189,25 @@ def _bucketed(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
-    parts = []
-    for bucket in layout.buckets:
-        query, key, value = (_pad(states, bucket) for states in (query_THD, key_TKD, value_TKD))
-        dense = bucket.length <= _DENSE_LENGTH
-        out_NHLD = (_dense_attention if dense else _blockwise_attention)(query, key, value, scale, window)
-        parts.append(_unpad(out_NHLD, bucket))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    sizes = [bucket.stop - bucket.start for bucket in layout.buckets]
+    outs = []
+    for bucket, *states in zip(
+        layout.buckets,
+        *(torch.split(states, sizes) for states in (query_THD, key_TKD, value_TKD)),
+        strict=True,
+    ):
+        query, key, value = (_pad(part, bucket) for part in states)
+        attend = causal_attention if bucket.length <= _KEPT_LENGTH else _sdpa
+        out_NHLD = attend(query, key, value, scale, window)
+        outs.append(_unpad(out_NHLD, bucket))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def _pad(states_THD: torch.Tensor, bucket: Bucket) -> torch.Tensor:
-    """[T, heads, D] to [N, heads, L, D]. Padding repeats a token; causality hides it from all that came before."""
-    part = states_THD[bucket.start : bucket.stop]
+def _pad(part: torch.Tensor, bucket: Bucket) -> torch.Tensor:
+    """The bucket's [*, heads, D] to [N, heads, L, D]. Padding repeats a token; causality hides it from all before."""
+    heads, width = part.shape[1:]
     if bucket.gather_NL is not None:
         part = part.flatten(1).index_select(0, bucket.gather_NL)
-    heads, width = states_THD.shape[1:]
     return part.reshape(bucket.num_sequences, bucket.length, heads, width).transpose(1, 2)
 
 
@@ -215,46 +220,21 @@ def _unpad(states_NHLD: torch.Tensor, bucket: Bucket) -> torch.Tensor:
     return flat.view(-1, heads, width)
 
 
-def _dense_attention(
+def _sdpa(
     query_NHLD: torch.Tensor,
     key_NKLD: torch.Tensor,
     value_NKLD: torch.Tensor,
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
-    """Scores as one batched matrix product: on CPU the fastest way for short sequences."""
-    N, H, L, D = query_NHLD.shape
-    K = key_NKLD.shape[1]
-    query_NKGLD = (query_NHLD * scale).reshape(N, K, H // K, L, D)
-    scores = query_NKGLD @ key_NKLD[:, :, None].transpose(-1, -2)
-    weights = scores.masked_fill(_hidden_from(L, window, scores.device), float("-inf")).softmax(-1)
-    return (weights @ value_NKLD[:, :, None]).reshape(N, H, L, -1)
-
-
-def _blockwise_attention(
-    query_NHLD: torch.Tensor,
-    key_NKLD: torch.Tensor,
-    value_NKLD: torch.Tensor,
-    scale: float,
-    window: int | None,
-) -> torch.Tensor:
-    """SDPA, whose memory grows with L, not its square, unless a window needs a mask."""
+    """torch's own, whose memory grows with L, not its square, unless a window needs a mask."""
     L, groups = query_NHLD.shape[2], query_NHLD.shape[1] // key_NKLD.shape[1]
     key, value = (states.repeat_interleave(groups, dim=1) for states in (key_NKLD, value_NKLD))
     banded = window is not None and window < L
-    mask = ~_hidden_from(L, window, query_NHLD.device) if banded else None
+    mask = ~hidden_from(L, L, window, query_NHLD.device) if banded else None
     return torch.nn.functional.scaled_dot_product_attention(
         query_NHLD, key, value, attn_mask=mask, is_causal=mask is None, scale=scale
     )
-
-
-@lru_cache(maxsize=64)
-def _hidden_from(length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """[L, L] bool: True where query i must not see key j: j > i, or j <= i - window."""
-    hidden = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
-    if window is not None:
-        hidden |= torch.ones_like(hidden).tril(-window)
-    return hidden
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -17,10 +17,11 @@ import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import FileStore, HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from learner.training.config import Device, Precision
+from learner.training.cpu import use_fast_float32
 from learner.training.launch import RENDEZVOUS_VARIABLE
 from learner.training.policy import Policy
 from penstock.errors import ConfigError
@@ -78,6 +79,8 @@ def open_ranks(device: Device, precision: Precision) -> Ranks:
     """Joins the other ranks as the environment says: RANK, WORLD_SIZE, LOCAL_RANK. Raises ConfigError."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     where = _local_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if where.type == "cpu":
+        use_fast_float32()
     mesh = None
     if world_size > 1 or precision is Precision.BFLOAT16:
         _join(rank, world_size, where)
@@ -117,19 +120,33 @@ def _join(rank: int, world_size: int, device: torch.device) -> None:
     )
 
 
-def place(policy: Policy, ranks: Ranks, precision: Precision) -> None:
+def place(policy: Policy, ranks: Ranks, precision: Precision, *, compiled: bool = False) -> None:
     """Moves the policy to its device and, where there is a mesh, shards it block by block (FSDP2).
 
-    Master weights and gradient reduction are float32; blocks compute in `precision`.
+    Master weights and gradient reduction are float32; blocks compute in `precision`. With
+    `compiled`, torch.compile makes kernels of each block, once for all row lengths.
     """
+    blocks = _blocks(policy.causal_lm)
+    if compiled:
+        for block in blocks:
+            block.forward = torch.compile(block.forward, dynamic=True)
     if ranks.mesh is None:
         policy.to(ranks.device)
         return
     compute = torch.bfloat16 if precision is Precision.BFLOAT16 else torch.float32
     mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-    for block in _blocks(policy.causal_lm):
-        fully_shard(block, mesh=ranks.mesh, mp_policy=mixed)
+    alone = ranks.mesh.size() == 1
+    for block in blocks:
+        fully_shard(block, mesh=ranks.mesh, mp_policy=mixed, reshard_after_forward=not alone)
     fully_shard(policy, mesh=ranks.mesh, mp_policy=mixed)
+
+
+def accumulate(policy: Policy, ranks: Ranks, *, is_last: bool) -> None:
+    """Call before each row of an update. One rank alone has nobody to share with: it keeps its compute
+    copies and adds gradients up until the last row."""
+    if isinstance(policy, FSDPModule) and ranks.world_size == 1:
+        policy.set_requires_gradient_sync(is_last)
+        policy.set_reshard_after_backward(is_last)
 
 
 def _blocks(causal_lm: Any) -> list[nn.Module]:

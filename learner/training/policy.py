@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from learner.training.attention import PACKED, AttentionUnsupported, RowLayout, row_layout
+from learner.training.attention import PACKED, AttentionUnsupported, RowLayout
 from learner.training.logprobs import score_logits, token_logprobs
 from learner.training.packing import PackedRow
 from penstock.errors import ConfigError
@@ -40,8 +40,7 @@ class Evaluation:
 
     form: RowForm
     split_head: bool
-    """Logits are the output embedding of the last hidden state and nothing more, so they can be
-    computed in chunks."""
+    """Logits are the product of the last hidden state and one matrix, so they can be computed in chunks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,19 +60,17 @@ class Policy(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
         self.evaluation = evaluation
-        self.vocab_size: int = causal_lm.get_input_embeddings().weight.shape[0]
 
     def forward(self, row: PackedRow, *, temperature: float) -> TokenScores:
         """Scores every sampled token of one row under softmax(logits / temperature)."""
-        layout = row_layout(row.lengths, row.device)
+        layout = RowLayout(row.lengths, row.device)
         if self.evaluation.split_head:
             hidden_SH = self._hidden(row, layout)[row.predictors_S]
             logprobs_S, entropy_S = token_logprobs(
                 hidden_SH,
-                self.causal_lm.get_output_embeddings(),
+                self.causal_lm.get_output_embeddings().weight,
                 row.targets_S,
                 temperature=temperature,
-                vocab_size=self.vocab_size,
             )
         else:
             logits_SV = self._logits(row, layout)[row.predictors_S]
@@ -123,7 +120,7 @@ def choose_evaluation(causal_lm: Any) -> Evaluation:
     row = _probe_row(causal_lm)
     with torch.no_grad():
         alone = Policy(causal_lm, Evaluation(form=RowForm.PADDED, split_head=False))._logits(
-            row, row_layout(row.lengths, row.device)
+            row, RowLayout(row.lengths, row.device)
         )
         if not bool(torch.isfinite(alone).all()):
             raise ConfigError(
@@ -133,9 +130,10 @@ def choose_evaluation(causal_lm: Any) -> Evaluation:
         if form is RowForm.PADDED:
             causal_lm.set_attn_implementation(default)
         split = Policy(causal_lm, Evaluation(form=form, split_head=True))
-        hidden = split._hidden(row, row_layout(row.lengths, row.device))
+        hidden = split._hidden(row, RowLayout(row.lengths, row.device))
         head = causal_lm.get_output_embeddings()
-        split_head = head is not None and _close(head(hidden), alone)
+        plain = isinstance(head, nn.Linear) and head.bias is None
+        split_head = plain and _close(head(hidden), alone)
     return Evaluation(form=form, split_head=split_head)
 
 
@@ -143,7 +141,7 @@ def _packs_exactly(causal_lm: Any, row: PackedRow, alone: torch.Tensor) -> bool:
     try:
         causal_lm.set_attn_implementation(PACKED)
         packed = Policy(causal_lm, Evaluation(form=RowForm.PACKED, split_head=False))
-        if _close(packed._logits(row, row_layout(row.lengths, row.device)), alone):
+        if _close(packed._logits(row, RowLayout(row.lengths, row.device)), alone):
             return True
         reason = "packed sequences don't get the logits that they get alone"
     except (AttentionUnsupported, ValueError, TypeError) as error:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from learner.algorithms.sums import Sums, add_sums
 from learner.training.optimizer import clip_gradients
 from learner.training.packing import PackedRow, TokenSequence, pack, plan_rows
-from learner.training.parallel import Ranks, local
+from learner.training.parallel import Ranks, accumulate, local
 from learner.training.policy import Policy, TokenScores
 
 Objective = Callable[[PackedRow, TokenScores], tuple[torch.Tensor, Sums]]
@@ -59,7 +59,11 @@ class Updater:
         self, sequences: Sequence[TokenSequence], objective: Objective, *, learning_rate: float
     ) -> UpdateReport:
         """One optimiser update on all sequences. Nothing changes if loss or gradient is not finite."""
-        parts = [self._backward(row, objective) for row in self._rows(sequences)]
+        rows = self._rows(sequences)
+        parts = []
+        for index, row in enumerate(rows):
+            accumulate(self.policy, self.ranks, is_last=index + 1 == len(rows))
+            parts.append(self._backward(row, objective))
         totals = self._total(add_sums(parts))
         grad_norm = clip_gradients(self.policy, max_norm=self._max_grad_norm)
         report = UpdateReport(loss=totals.pop("loss_sum"), grad_norm=grad_norm, sums=totals)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from learner.training.attention import AttentionUnsupported, packed_attention, row_layout
+from learner.training.attention import AttentionUnsupported, RowLayout, packed_attention
 
 CPU = torch.device("cpu")
 MODULE = torch.nn.Identity()
@@ -36,9 +36,7 @@ def alone(parts: list[torch.Tensor], lengths: list[int], window: int | None) -> 
 )
 def test_packed_sequences_attend_as_if_each_were_alone(lengths: list[int], window: int | None) -> None:
     parts = states(sum(lengths))
-    out, _ = packed_attention(
-        MODULE, *parts, None, sliding_window=window, row_layout=row_layout(lengths, CPU)
-    )
+    out, _ = packed_attention(MODULE, *parts, None, sliding_window=window, row_layout=RowLayout(lengths, CPU))
     expected = alone(parts, lengths, window)
     torch.testing.assert_close(out[0], expected, rtol=1e-5, atol=1e-5)
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
@@ -51,13 +49,13 @@ def test_packed_sequences_attend_as_if_each_were_alone(lengths: list[int], windo
 
 
 def test_short_and_long_sequences_are_not_padded_to_each_other() -> None:
-    layout = row_layout([400, 100, 99, 10, 10], CPU)
+    layout = RowLayout([400, 100, 99, 10, 10], CPU)
     assert [bucket.length for bucket in layout.buckets] == [400, 100, 10]
     assert sum(bucket.stop - bucket.start for bucket in layout.buckets) == 619
 
 
 def test_many_equal_sequences_are_split_where_their_scores_would_leave_the_cache() -> None:
-    layout = row_layout([128] * 200, CPU)
+    layout = RowLayout([128] * 200, CPU)
     assert len(layout.buckets) > 1
     assert all(bucket.gather_NL is None for bucket in layout.buckets)
 
@@ -65,4 +63,4 @@ def test_many_equal_sequences_are_split_where_their_scores_would_leave_the_cache
 @pytest.mark.parametrize("feature", ["softcap", "s_aux"])
 def test_a_feature_that_is_not_implemented_is_refused(feature: str) -> None:
     with pytest.raises(AttentionUnsupported, match=feature):
-        packed_attention(MODULE, *states(3), None, row_layout=row_layout([3], CPU), **{feature: 1.0})
+        packed_attention(MODULE, *states(3), None, row_layout=RowLayout([3], CPU), **{feature: 1.0})

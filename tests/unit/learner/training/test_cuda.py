@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from learner.training.algorithm_config import AlgorithmConfig
-from learner.training.attention import packed_attention, row_layout
+from learner.training.attention import RowLayout, packed_attention
 from learner.training.checkpoint import Checkpoints
 from learner.training.config import Device, OptimizerConfig, Precision
 from learner.training.model import load_policy
@@ -34,7 +34,7 @@ def test_the_varlen_kernel_agrees_with_the_bucketed_path(window: int | None) -> 
     exact = [torch.randn(shape, device="cuda", generator=generator) for shape in shapes]
     half = [part.bfloat16().requires_grad_() for part in exact]
     exact = [part.detach().float().requires_grad_() for part in half]
-    layout = row_layout(LENGTHS, torch.device("cuda"))
+    layout = RowLayout(LENGTHS, torch.device("cuda"))
     arguments = {"sliding_window": window, "row_layout": layout}
     fast, _ = packed_attention(torch.nn.Identity(), *half, None, **arguments)
     slow, _ = packed_attention(torch.nn.Identity(), *exact, None, **arguments)

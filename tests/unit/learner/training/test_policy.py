@@ -42,9 +42,9 @@ def alone_kwargs(policy: Policy, token_ids: torch.Tensor) -> dict[str, object]:
     """Our attention insists on a layout: one sequence."""
     if policy.evaluation.form is RowForm.PADDED:
         return {}
-    from learner.training.attention import row_layout
+    from learner.training.attention import RowLayout
 
-    return {"row_layout": row_layout([len(token_ids)], CPU)}
+    return {"row_layout": RowLayout([len(token_ids)], CPU)}
 
 
 def assert_rows_equal_sequences_alone(policy: Policy) -> None:
