@@ -36,6 +36,8 @@ from penstock.rpc import to_seconds
 from penstock.signals import Stop
 from penstock.v1 import actor_pb2_grpc
 from penstock.v1 import coordinator_pb2 as pb
+from penstock.waits import Waits
+from penstock.watchdog import Watchdog
 from penstock.weights.fetch import WeightFetcher
 
 _log = logging.getLogger(__name__)
@@ -97,12 +99,13 @@ async def _run(settings: ActorConfig) -> None:
     stop.on_signals()
     name = settings.name or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
     operators = ActorOperatorService(name, stop)
-    async with contextlib.AsyncExitStack() as stack:
-        address = await stack.enter_async_context(_served(operators, settings))
-        actor = await _join(settings, name, address, stop, stack)
-        operators.actor = actor
-        print(f"actor {name} joined {settings.learner}", flush=True)  # noqa: T201
-        await actor.run()
+    with Watchdog() as watchdog:
+        async with contextlib.AsyncExitStack() as stack:
+            address = await stack.enter_async_context(_served(operators, settings))
+            actor = await _join(settings, name, address, stop, stack)
+            operators.actor = actor
+            print(f"actor {name} joined {settings.learner}", flush=True)  # noqa: T201
+            await actor.run(watchdog)
     _log.info("left: %s", stop.reason)
 
 
@@ -151,7 +154,8 @@ async def _join(
     history = History(settings.history) if settings.history else None
     if history is not None:
         stack.callback(history.close)
-    players = await _players(welcome, engine, folder, stack)
+    waits = Waits()
+    players = await _players(welcome, engine, folder, waits, stack)
     actor = Actor(
         session=session,
         engine=engine,
@@ -161,12 +165,13 @@ async def _join(
         run_id=welcome.run_id,
         heartbeat_seconds=to_seconds(welcome.heartbeat_interval),
         stop=stop,
+        waits=waits,
     )
     return actor
 
 
 async def _players(
-    welcome: pb.JoinResponse, engine: Engine, folder: Path, stack: contextlib.AsyncExitStack
+    welcome: pb.JoinResponse, engine: Engine, folder: Path, waits: Waits, stack: contextlib.AsyncExitStack
 ) -> dict[str, Player]:
     renderer = Renderer(AutoTokenizer.from_pretrained(folder))
     truncation = welcome.truncation_reward if welcome.HasField("truncation_reward") else None
@@ -179,7 +184,7 @@ async def _players(
                 step_timeout_seconds=to_seconds(welcome.step_timeout),
             )
         )
-        players[endpoint.name] = Player(engine, renderer, client, truncation_reward=truncation)
+        players[endpoint.name] = Player(engine, renderer, client, truncation_reward=truncation, waits=waits)
     return players
 
 

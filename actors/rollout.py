@@ -9,6 +9,7 @@ enters as the ids it sampled, each with its log-probability and version.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -34,10 +35,13 @@ from penstock.trajectory import (
     Trajectory,
     run_length,
 )
+from penstock.waits import Waits
 
 _log = logging.getLogger(__name__)
 
 _MAX_TURNS = 1000
+ENGINE_SECONDS = 120.0
+"""An engine that is asked for tokens, and makes none for this long, is at a standstill."""
 
 
 @dataclass(slots=True)
@@ -98,6 +102,7 @@ class Player:
         client: EnvironmentClient,
         *,
         truncation_reward: float | None = None,
+        waits: Waits | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
@@ -105,6 +110,7 @@ class Player:
         self._client = client
         self._truncation_reward = truncation_reward
         self._clock = clock
+        self._waits = waits or Waits(clock)
         self._description: Description | None = None
 
     async def play(self, lease: Lease, session_id: str, progress: Progress) -> Trajectory:
@@ -150,9 +156,10 @@ class _Rollout:
     async def _play(self, session_id: str) -> Trajectory:
         player, lease = self._player, self._lease
         began = player._clock()
-        async with player._client.session(
-            session_id=session_id, fence=lease.attempt + 1, task=lease.task
-        ) as episode:
+        opened = player._client.session(session_id=session_id, fence=lease.attempt + 1, task=lease.task)
+        async with contextlib.AsyncExitStack() as stack:
+            with self._waiting("a reset"):
+                episode = await stack.enter_async_context(opened)
             self._environment_seconds += player._clock() - began
             self._observation_digest = episode.observation_digest
             self._recorded.check_start(
@@ -199,7 +206,12 @@ class _Rollout:
         token_ids: list[int] = [] if recorded is None else list(recorded.token_ids)
         turn: _Turn | None = None
         reason: StopReason | None = None
-        async for chunk in player._engine.generate(request):
+        chunks = aiter(player._engine.generate(request))
+        while True:
+            with player._waits.on("tokens", owner="the engine", limit_seconds=ENGINE_SECONDS):
+                chunk = await anext(chunks, None)
+            if chunk is None:
+                break
             self._tokens.sample(chunk.token_ids, chunk.logprobs, chunk.version)
             token_ids += chunk.token_ids
             reason = chunk.stop_reason
@@ -224,7 +236,8 @@ class _Rollout:
         player = self._player
         limit = self._description.max_turns or _MAX_TURNS
         began = player._clock()
-        result = await episode.step(player._renderer.text(turn.token_ids))
+        with self._waiting("a step"):
+            result = await episode.step(player._renderer.text(turn.token_ids))
         self._environment_seconds += player._clock() - began
         if not result.done and self._progress.num_turns >= limit:
             raise EnvironmentFault(
@@ -253,6 +266,13 @@ class _Rollout:
             generation_seconds=self._generation_seconds,
             environment_seconds=self._environment_seconds,
         )
+
+    def _waiting(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """A wait for the environment, whose client has a deadline for it."""
+        client = self._player._client
+        limit = client.reset_timeout_seconds if what == "a reset" else client.step_timeout_seconds
+        owner = f"environment {self._description.name} at {client.address}"
+        return self._player._waits.on(what, owner=owner, limit_seconds=limit)
 
     def _room(self) -> int:
         """Tokens that may still be sampled."""

@@ -13,25 +13,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
 
 from actors.engines.base import Engine
 from actors.install import Installer
-from actors.rollout import Player, Progress
+from actors.rollout import ENGINE_SECONDS, Player, Progress
 from actors.session import Session, translate
 from actors.uplink import Uplink
 from penstock.codec import checksum, lease_from_wire, partial_to_wire, trajectory_item, version_to_wire
-from penstock.errors import EngineFault, EnvironmentFault, FaultKind, PeerLost, PenstockError
+from penstock.errors import EngineFault, EnvironmentFault, FaultKind, NoProgress, PeerLost, PenstockError
 from penstock.rpc import to_duration
 from penstock.signals import Stop
 from penstock.tasks import task_group, unless_stopped
 from penstock.trajectory import Lease
 from penstock.v1 import coordinator_pb2 as pb
+from penstock.waits import Waits, WaitSummary
+from penstock.watchdog import Watchdog, watch_loop
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +43,11 @@ LEASE_WAIT_SECONDS = 10.0
 _FINISH_SECONDS = 2.0
 _RETURN_SECONDS = 2.5
 _FLUSH_SECONDS = 3.0
+LOOP_SECONDS = 120.0
+"""An event loop that does not turn for this long is dead."""
+DRAIN_LIMIT_SECONDS = 60.0
+"""Of a drain that should take less than ten."""
+MAX_WAITS_TOLD = 8
 
 
 @dataclass(slots=True)
@@ -47,6 +56,21 @@ class _Running:
     progress: Progress
     task: asyncio.Task[None]
     revoked: bool = False
+
+
+class Standstill:
+    """An engine that is asked for tokens and makes none."""
+
+    def __init__(self, *, seconds: float) -> None:
+        self._seconds = seconds
+        self._num_tokens = -1
+        self._moved_at = 0.0
+
+    def is_over(self, *, asked_seconds: float, num_tokens: int, now: float) -> bool:
+        """asked_seconds: for how long the oldest request waits. Did nothing move for `seconds`?"""
+        if num_tokens != self._num_tokens:
+            self._num_tokens, self._moved_at = num_tokens, now
+        return min(asked_seconds, now - self._moved_at) >= self._seconds
 
 
 class Actor:
@@ -63,6 +87,7 @@ class Actor:
         run_id: str,
         heartbeat_seconds: float,
         stop: Stop,
+        waits: Waits | None = None,
     ) -> None:
         self.session = session
         self.engine = engine
@@ -72,6 +97,9 @@ class Actor:
         self._run_id = run_id
         self._heartbeat_seconds = heartbeat_seconds
         self._stop = stop
+        self.waits = waits or Waits()
+        self._standstill = Standstill(seconds=ENGINE_SECONDS)
+        self._failure: NoProgress | None = None
         self._running: dict[str, _Running] = {}
         self._room = asyncio.Event()
         self.counts: Counter[str] = Counter()
@@ -94,11 +122,17 @@ class Actor:
     def held_leases(self) -> list[str]:
         return [*self._running, *self.uplink.held_leases()]
 
-    async def run(self) -> None:
+    async def run(self, watchdog: Watchdog | None = None) -> None:
         """Starts the engine and runs it. Raises SessionFenced, LearnerUnreachable, ProtocolError,
-        ConfigError, EngineFault.
+        ConfigError, EngineFault, NoProgress.
+
+        watchdog: ends the process should its event loop, or its drain, stand still.
         """
         async with task_group() as tasks:
+            if watchdog is not None:
+                tasks.create_task(
+                    watch_loop(watchdog, self._stop, seconds=LOOP_SECONDS), name="watch the loop"
+                )
             background = [
                 tasks.create_task(work, name=name)
                 for name, work in (
@@ -109,9 +143,13 @@ class Actor:
                 )
             ]
             await self._lease(tasks)
+            if watchdog is not None:
+                watchdog.arm("the drain", DRAIN_LIMIT_SECONDS)
             await self._drain()
             for task in background:
                 task.cancel()
+        if self._failure is not None:
+            raise self._failure
 
     async def _install(self) -> None:
         """Starts the engine, which may take a minute; heartbeats go on meanwhile."""
@@ -127,12 +165,14 @@ class Actor:
             change = self.installer.installed_event
             free = self._capacity - len(self._running)
             if self.installer.installed is None:
-                await self._wait(change, LEASE_WAIT_SECONDS)
+                with self.waits.on("weights", owner="the learner", limit_seconds=LEASE_WAIT_SECONDS):
+                    await self._wait(change, LEASE_WAIT_SECONDS)
             elif free <= 0:
                 self._room.clear()
                 await self._wait(self._room, LEASE_WAIT_SECONDS)
             else:
-                leases = await unless_stopped(self._acquire(free), self._stop, name="acquire leases")
+                with self.waits.on("a lease", owner="the learner", limit_seconds=LEASE_WAIT_SECONDS):
+                    leases = await unless_stopped(self._acquire(free), self._stop, name="acquire leases")
                 for lease in leases or ():
                     self._start(tasks, lease)
                 if not leases:
@@ -204,7 +244,11 @@ class Actor:
         except EngineFault as fault:
             item.release.CopyFrom(self._release(lease, pb.RELEASE_REASON_INFRASTRUCTURE, f"engine: {fault}"))
         try:
-            if not await self.uplink.put(lease.lease_id, item):
+            with self.waits.on(
+                "room in the spool", owner="the learner", limit_seconds=self.session.patience_seconds
+            ):
+                spooled = await self.uplink.put(lease.lease_id, item)
+            if not spooled:
                 self.counts["unsent"] += 1
                 _log.warning("lease %s ended after the uplink was closed: its item is lost", lease.lease_id)
         finally:
@@ -262,6 +306,7 @@ class Actor:
     async def _beat(self, session_id: str) -> None:
         installed = self.installer.installed
         stats = self.engine.stats()
+        waits = self.waits.summary()
         running = [
             pb.LeaseProgress(
                 lease_id=lease_id, num_tokens=r.progress.num_tokens, num_turns=r.progress.num_turns
@@ -283,9 +328,31 @@ class Actor:
                     max_install_seconds=stats.max_install_seconds,
                 ),
                 num_unacknowledged=self.uplink.num_unacknowledged,
+                waits=[
+                    pb.ActorWait(
+                        what=wait.what,
+                        owner=wait.owner,
+                        count=wait.count,
+                        longest=to_duration(wait.longest_seconds),
+                        limit=to_duration(wait.limit_seconds),
+                    )
+                    for wait in waits[:MAX_WAITS_TOLD]
+                ],
             ),
             timeout=10.0,
         )
+        self._watch_engine(waits, stats.num_tokens)
+
+    def _watch_engine(self, waits: Sequence[WaitSummary], num_tokens: int) -> None:
+        """An engine that stands still ends the actor, in order: what it holds is played elsewhere."""
+        asked = max((wait.longest_seconds for wait in waits if wait.what == "tokens"), default=0.0)
+        if self._failure is None and self._standstill.is_over(
+            asked_seconds=asked, num_tokens=num_tokens, now=time.monotonic()
+        ):
+            self._failure = NoProgress(f"the engine was asked for tokens and made none for {asked:.0f} s")
+            _log.critical("%s; leaving", self._failure)
+            faulthandler.dump_traceback(all_threads=True)
+            self._stop.set(str(self._failure))
 
     # -- leaving ------------------------------------------------------------------------
 

@@ -53,8 +53,8 @@ class EnvironmentClient:
         self, address: str, *, reset_timeout_seconds: float = 30.0, step_timeout_seconds: float = 60.0
     ) -> None:
         self.address = address
-        self._reset_seconds = reset_timeout_seconds
-        self._step_seconds = step_timeout_seconds
+        self.reset_timeout_seconds = reset_timeout_seconds
+        self.step_timeout_seconds = step_timeout_seconds
         self._channel = rpc.channel(address)
         self._stub = EnvironmentServiceStub(self._channel)
 
@@ -71,7 +71,7 @@ class EnvironmentClient:
 
     async def describe(self) -> Description:
         """Raises EnvironmentFault."""
-        response = await self._call(self._stub.Describe, pb.DescribeRequest(), self._reset_seconds)
+        response = await self._call(self._stub.Describe, pb.DescribeRequest(), self.reset_timeout_seconds)
         return self._read(wire.description_from_wire, response)
 
     @contextlib.asynccontextmanager
@@ -82,7 +82,7 @@ class EnvironmentClient:
         """
         try:
             request = pb.ResetRequest(session_id=session_id, fence=fence, task=task_to_wire(task))
-            response = await self._call(self._stub.Reset, request, self._reset_seconds)
+            response = await self._call(self._stub.Reset, request, self.reset_timeout_seconds)
             messages, digest = self._read(wire.reset_from_wire, response)
             yield Episode(
                 self, session_id=session_id, fence=fence, messages=messages, observation_digest=digest
@@ -100,14 +100,14 @@ class EnvironmentClient:
 
     async def step(self, request: pb.StepRequest) -> StepResult:
         """One step of an Episode."""
-        response = await self._call(self._stub.Step, request, self._step_seconds)
+        response = await self._call(self._stub.Step, request, self.step_timeout_seconds)
         result = self._read(wire.result_from_wire, response)
         self._refuse_failed(result)
         return result
 
     async def renew(self, request: pb.RenewRequest) -> None:
         """Renews the lease of an Episode."""
-        await self._call(self._stub.Renew, request, self._reset_seconds)
+        await self._call(self._stub.Renew, request, self.reset_timeout_seconds)
 
     async def _call(self, method: _Method[Any, ResponseT], request: object, seconds: float) -> ResponseT:
         """Calls by a deadline; every call may be repeated, so a server that is away or full is asked again."""

@@ -9,6 +9,7 @@
     ├── LedgerError                   the ledger cannot be trusted to be durable; fatal; exit status 4
     ├── WeightTransferError           a version did not arrive whole; fetch again
     ├── TrainingDiverged              step after step is not finite; exit status 3
+    ├── NoProgress                    nothing moves any more; exit status 70, and to be started again
     ├── EngineFault                   an engine failed while generating
     └── EnvironmentFault              an environment failed; carries the kind of fault
 
@@ -63,6 +64,12 @@ class TrainingDiverged(PenstockError):
     """Step after step has a non-finite loss or gradient. Starting again would not help."""
 
     exit_status = 3
+
+
+class NoProgress(PenstockError):
+    """Nothing moves any more, for longer than can be right. Starting again may help."""
+
+    exit_status = 70
 
 
 class EngineFault(PenstockError):

@@ -22,8 +22,11 @@ from penstock.rpc import to_duration, to_seconds
 from penstock.trajectory import Lease
 from penstock.v1 import coordinator_pb2 as pb
 from penstock.v1 import coordinator_pb2_grpc, weights_pb2
+from penstock.waits import WaitSummary
 
 MAX_LEASE_WAIT_SECONDS = 30.0
+MAX_WAITS = 8
+"""That an actor may tell of in one heartbeat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,8 @@ class ActorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 stats=_stats(request.stats),
                 progress=[(p.lease_id, p.num_tokens, p.num_turns) for p in request.progress],
                 now=self._coordinator.clock(),
+                waits=[_wait(wait) for wait in request.waits[:MAX_WAITS]],
+                num_unacknowledged=request.num_unacknowledged,
             )
             newest = self._scheduler.version
             return pb.HeartbeatResponse(newest=None if newest is None else version_to_wire(newest))
@@ -181,6 +186,16 @@ def _check_join(request: pb.JoinRequest) -> None:
             f"actor_id is {request.actor_id[:40]!r} and num_slots {request.num_slots}; expected a name of at most "
             "200 characters and at least one slot"
         )
+
+
+def _wait(wait: pb.ActorWait) -> WaitSummary:
+    return WaitSummary(
+        what=wait.what[:100],
+        owner=wait.owner[:200],
+        count=wait.count,
+        longest_seconds=to_seconds(wait.longest),
+        limit_seconds=to_seconds(wait.limit),
+    )
 
 
 def _stats(stats: pb.EngineStats) -> ReportedStats:

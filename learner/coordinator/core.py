@@ -14,10 +14,16 @@ from learner.coordinator.disk import DiskGuard, Room
 from learner.coordinator.explain import TrainerWait, why
 from learner.coordinator.ledger import Ledger, Totals
 from learner.coordinator.scheduler import Scheduler
+from learner.coordinator.vigil import Vigil
 from penstock.signals import Stop
 from penstock.tasks import unless_stopped
+from penstock.watchdog import Watchdog
 
 TICK_SECONDS = 1.0
+STANDSTILL_SECONDS = 120.0
+"""An event loop that does not turn, or a commit that is not done, for this long is dead."""
+NO_PROGRESS_SECONDS = 60.0
+"""Of the learner's waiting while no slot is filled, until there is an event."""
 
 _log = logging.getLogger(__name__)
 
@@ -75,6 +81,9 @@ class Coordinator:
         self.step_metrics: dict[str, float] = {}
         self.totals = ledger.totals()
         self._disk = DiskGuard(min_free_bytes)
+        self.watchdog: Watchdog | None = None
+        """Ends the process should a commit never end."""
+        self._vigil = Vigil(seconds=NO_PROGRESS_SECONDS)
         self._revocations: defaultdict[str, list[Revocation]] = defaultdict(list)
 
     async def commit(self) -> None:
@@ -97,6 +106,10 @@ class Coordinator:
 
     def why(self) -> list[str]:
         return why(self.scheduler, self.trainer, self.clock())
+
+    def actors_wanted(self) -> int:
+        num_slots = [session.info.num_slots for session in self.scheduler.fleet.sessions()]
+        return self.scheduler.demand.wanted(num_slots, finished=self.scheduler.finished)
 
     def tokens_per_second(self) -> float:
         return sum(session.stats.tokens_per_second for session in self.scheduler.fleet.sessions())
@@ -124,8 +137,15 @@ class Coordinator:
         self.scheduler.tick(self.clock())
         while not await self.stop.sleep(TICK_SECONDS):
             self.scheduler.tick(self.clock())
+            self._keep_vigil()
             self._ticked.set()
         self.changed.fire()
+
+    def _keep_vigil(self) -> None:
+        waiting = self.trainer is not None and self.trainer.waiting is not None
+        waiting = waiting and not (self.scheduler.finished or self.scheduler.paused)
+        if self._vigil.is_news(waiting=waiting, num_moves=self.scheduler.num_filled, now=self.clock()):
+            self.scheduler.note_event("no_progress", "; ".join(self.why()[:4]))
 
     async def commit_ticks(self) -> None:
         """Looks at the disk, writes what ticks decided, and counts the ledger anew, until the stop."""
@@ -136,5 +156,9 @@ class Coordinator:
             for gone in self._revocations.keys() - live:
                 del self._revocations[gone]
             self.note_disk(shutil.disk_usage(self.ledger.path.parent).free)
+            if self.watchdog is not None:
+                self.watchdog.arm("a commit of the ledger", STANDSTILL_SECONDS)
             await self.commit()
+            if self.watchdog is not None:
+                self.watchdog.disarm()
             await self.refresh_totals()

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from learner.coordinator.decisions import Waiting
-from learner.coordinator.fleet import ActorState
+from learner.coordinator.fleet import ActorState, Session
 from learner.coordinator.groups import Group
 from learner.coordinator.scheduler import Scheduler
+
+WORTH_TELLING_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,11 +76,32 @@ def _actors(scheduler: Scheduler, now: float) -> Iterator[str]:
     if not sessions and not scheduler.finished:
         yield "no actor is connected: start one with `penstock actor --learner HOST:PORT`"
     for session in sessions:
-        state = scheduler.fleet.state(session, now)
-        if state is ActorState.SUSPECT:
-            yield f"{session.info.actor_id} is silent for {now - session.heard_at:.1f} s"
-        elif state is ActorState.INSTALLING:
-            yield f"{session.info.actor_id} has not installed a version yet"
+        yield from _actor(scheduler, session, now)
     for name, faults in sorted(scheduler.faults.items()):
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(faults.counts.items()))
         yield f"environment {name} had faults ({counts}); the last: {faults.last}"
+
+
+def _actor(scheduler: Scheduler, session: Session, now: float) -> Iterator[str]:
+    """What one actor waits for, as far as it is worth a line."""
+    name, silent = session.info.actor_id, now - session.heard_at
+    state = scheduler.fleet.state(session, now)
+    if state is ActorState.SUSPECT:
+        left = max(scheduler.fleet.dead_seconds - silent, 0.0)
+        yield f"{name} is silent for {silent:.1f} s; its leases are granted again in {left:.0f} s"
+    elif state is ActorState.INSTALLING:
+        yield f"{name} has not installed a version yet"
+    if session.refusal and not scheduler.leases.of_session(session.session_id):
+        yield f"{name} asks for work and gets none: {session.refusal}"
+    if session.num_unacknowledged >= scheduler.fleet.credit_trajectories:
+        yield (
+            f"{name} holds {session.num_unacknowledged} unacknowledged items and has no credits left: it waits for "
+            "the ledger to write them"
+        )
+    for wait in session.waits:
+        if wait.what != "a lease" and wait.longest_seconds >= WORTH_TELLING_SECONDS:
+            left = max(wait.limit_seconds - wait.longest_seconds, 0.0)
+            yield (
+                f"{name}: {wait.count} waiting for {wait.what} from {wait.owner}, for up to "
+                f"{wait.longest_seconds:.0f} s; given up in {left:.0f} s"
+            )

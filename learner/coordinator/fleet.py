@@ -8,6 +8,7 @@ from enum import StrEnum
 from learner.config import FleetConfig
 from penstock.errors import PeerLost, SessionFenced
 from penstock.trajectory import PolicyVersion
+from penstock.waits import WaitSummary
 
 
 class ActorState(StrEnum):
@@ -51,6 +52,11 @@ class Session:
     installed: PolicyVersion | None = None
     stats: ReportedStats = field(default_factory=ReportedStats)
     draining: bool = False
+    waits: tuple[WaitSummary, ...] = ()
+    """What the actor told that it waits for, the longest first."""
+    num_unacknowledged: int = 0
+    refusal: str = ""
+    """Why it got no lease when it asked last; empty if it got one."""
     last_sequence: int = 0
     """Of the items that were submitted and decided upon."""
 
@@ -62,6 +68,14 @@ class Fleet:
         self._config = config
         self._live: dict[str, Session] = {}
         self._fenced: dict[str, str] = {}
+
+    @property
+    def dead_seconds(self) -> float:
+        return self._config.dead_seconds
+
+    @property
+    def credit_trajectories(self) -> int:
+        return self._config.credit_trajectories
 
     def __len__(self) -> int:
         return len(self._live)

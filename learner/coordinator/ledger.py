@@ -41,6 +41,8 @@ class Totals:
     max_lag_trained: int = 0
     mixed_version_trained: int = 0
     tokens_trained: int = 0
+    handed_over: int = 0
+    """Partial rollouts of leaving actors."""
     by_environment: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -96,6 +98,7 @@ def read_totals(db: apsw.Connection) -> Totals:
         max_lag_trained=tallies.get("lag_trained", 0),
         mixed_version_trained=tallies.get("mixed_trained", 0),
         tokens_trained=tallies.get("tokens_trained", 0),
+        handed_over=tallies.get("handed_over", 0),
         by_environment=of("environment:"),
     )
 

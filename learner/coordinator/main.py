@@ -21,7 +21,7 @@ from environments.base import Description
 from environments.client import EnvironmentClient
 from learner.config import RunConfig
 from learner.coordinator.actor_service import ActorService, Welcome
-from learner.coordinator.core import Coordinator
+from learner.coordinator.core import STANDSTILL_SECONDS, Coordinator
 from learner.coordinator.ledger import Ledger, Recovered
 from learner.coordinator.metrics import serve_metrics
 from learner.coordinator.operator_service import OperatorService
@@ -45,6 +45,7 @@ from penstock.v1 import (
     weights_pb2,
     weights_pb2_grpc,
 )
+from penstock.watchdog import Watchdog, watch_loop
 from penstock.weights.manifest import SharedMemoryMedium
 from penstock.weights.media.zeromq import ZeromqServer
 from penstock.weights.segment import writer_is_alive
@@ -139,14 +140,22 @@ async def _run(
         if settings.metrics_bind:
             serve_metrics(settings.metrics_bind, coordinator, insecure=settings.insecure)
         print(f"coordinator ready on {host}:{port}", flush=True)  # noqa: T201
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(coordinator.tick_forever(), name="tick")
-            tasks.create_task(coordinator.commit_ticks(), name="commit-ticks")
-            tasks.create_task(_stop_with_parent(stop), name="watch-parent")
-            tasks.create_task(_stop_when_finished(coordinator), name="farewell")
+        with Watchdog() as loop_watchdog, Watchdog() as ledger_watchdog:
+            coordinator.watchdog = ledger_watchdog
+            await _until_stopped(coordinator, loop_watchdog)
         await server.stop(grace=2.0)
     finally:
         await asyncio.to_thread(weights_server.close)
+
+
+async def _until_stopped(coordinator: Coordinator, watchdog: Watchdog) -> None:
+    stop = coordinator.stop
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(watch_loop(watchdog, stop, seconds=STANDSTILL_SECONDS), name="watch-loop")
+        tasks.create_task(coordinator.tick_forever(), name="tick")
+        tasks.create_task(coordinator.commit_ticks(), name="commit-ticks")
+        tasks.create_task(_stop_with_parent(stop), name="watch-parent")
+        tasks.create_task(_stop_when_finished(coordinator), name="farewell")
 
 
 def _sieve(settings: RunConfig) -> Sieve | None:

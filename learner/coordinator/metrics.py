@@ -26,6 +26,12 @@ class _RunCollector(Collector):
                      totals.imbalance)  # fmt: skip
         yield _gauge("penstock_version_step", "Newest published version.", version.step if version else 0)
         yield _gauge("penstock_actors", "Connected actors.", len(coordinator.scheduler.fleet))
+        yield _gauge("penstock_actors_wanted", "Actors like these that the learner could use.",
+                     coordinator.actors_wanted())  # fmt: skip
+        yield _gauge("penstock_rollouts_handed_over", "Partial rollouts of leaving actors that were kept.",
+                     totals.handed_over)  # fmt: skip
+        yield _gauge("penstock_rollouts_continued", "Leases that went on from one, since the start.",
+                     coordinator.scheduler.num_continued)  # fmt: skip
         yield _gauge("penstock_tokens_per_second", "Sampled by all actors.", coordinator.tokens_per_second())
         yield _gauge(
             "penstock_groups_open", "Groups leased and not trained.", len(coordinator.scheduler.groups)

@@ -53,6 +53,9 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
                 tokens_per_second=coordinator.tokens_per_second(),
                 environments=[self._environment(name, totals) for name in self._environments],
                 num_groups_open=len(scheduler.groups),
+                actors_wanted=coordinator.actors_wanted(),
+                num_handed_over=totals.handed_over,
+                num_continued=scheduler.num_continued,
                 num_groups_ready=sum(group.is_ready for group in scheduler.groups.values()),
             )
 

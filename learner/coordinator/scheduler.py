@@ -29,6 +29,7 @@ from learner.coordinator.decisions import (
     Revocation,
     Verdict,
 )
+from learner.coordinator.demand import Demand
 from learner.coordinator.fleet import ActorInfo, Fleet, ReportedStats, Session
 from learner.coordinator.groups import Filled, Group, HandedOver, LeaseOutcome, Slot
 from learner.coordinator.journal import Journal
@@ -54,6 +55,7 @@ from learner.coordinator.tasks import TaskOrder, derive_seed
 from learner.coordinator.validation import Limits, Rejected, RejectionCode
 from penstock.errors import FaultKind, ProtocolError
 from penstock.trajectory import Lease, PolicyVersion, Sampling
+from penstock.waits import WaitSummary
 
 _TICK_GAP_SECONDS = 2.0
 
@@ -80,6 +82,9 @@ class Scheduler:
         self.no_room = ""
         """Why the ledger's disk has no room for more."""
         self.faults: dict[str, EnvironmentFaults] = {}
+        self.demand = Demand(schedule)
+        self.num_filled = 0
+        """Slots, since this process started."""
         self.num_continued = 0
         """Leases that went on from what another actor had played."""
         self._config = fleet
@@ -177,6 +182,8 @@ class Scheduler:
         stats: ReportedStats,
         progress: Sequence[tuple[str, int, int]],
         now: float,
+        waits: Sequence[WaitSummary] = (),
+        num_unacknowledged: int = 0,
     ) -> None:
         """Keeps a session alive.
 
@@ -185,6 +192,7 @@ class Scheduler:
         """
         session = self.fleet.require(session_id, now)
         session.installed, session.stats = installed, stats
+        session.waits, session.num_unacknowledged = tuple(waits), num_unacknowledged
         for lease_id, num_tokens, num_turns in progress:
             self.leases.progress(lease_id, session_id, num_tokens=num_tokens, num_turns=num_turns, now=now)
         named = {lease_id for lease_id, _, _ in progress}
@@ -262,7 +270,8 @@ class Scheduler:
             if leases and num_bytes > MAX_BYTES_A_GRANT:
                 break
             leases.append(self._grant(group, number, session_id, handed_over, now))
-        return leases, "" if leases else refusal or ""
+        session.refusal = "" if leases else refusal or ""
+        return leases, session.refusal
 
     def _refusal(self, session: Session, installed: PolicyVersion, digest: str) -> str | None:
         if self.finished:
@@ -411,6 +420,7 @@ class Scheduler:
         if lease is not None and lease.session_id == session_id:
             if outcome in (LeaseOutcome.INFRASTRUCTURE, LeaseOutcome.DATA):
                 self._count_fault(lease, FaultKind(outcome.value), message)
+                self.demand.lease_ended(now - lease.granted_at, filled=False)
             if partial is not None and outcome is LeaseOutcome.DRAINED:
                 self._take_over(lease, partial)
             self.board.end_lease(lease, outcome, message=message)
@@ -533,6 +543,7 @@ class Scheduler:
         slot = group.slots[slot_number]
         if verdict.state is TrajectoryState.PENDING:
             slot.given_up = False
+            self.num_filled += 1
             slot.filled = Filled(
                 trajectory_id=submission.trajectory_id,
                 oldest_step=submission.oldest.step,
@@ -545,6 +556,7 @@ class Scheduler:
             group.extra_ids.add(submission.trajectory_id)
         own = self.leases.get(submission.lease_id)
         if own is not None:
+            self.demand.lease_ended(now - own.granted_at, filled=verdict.state is TrajectoryState.PENDING)
             self._stragglers.finished(own, group.task.environment, submission.num_sampled, now)
             self.board.end_lease(own, LeaseOutcome.FILLED)
         if slot.filled is not None:

@@ -120,12 +120,20 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
                 request.group_ids,
             )
             if new:
+                self._measure(len(request.group_ids))
                 self._coordinator.step_metrics = dict(request.metrics)
                 self._note_published()
                 await self._coordinator.commit()
                 self._publications.publish(manifest)
                 self._coordinator.changed.fire()
             return pb.PublishVersionResponse(deltas_wanted=self._publications.serves_other_hosts)
+
+    def _measure(self, num_groups: int) -> None:
+        """How long the step took from its batch on, for the number of actors that could keep up."""
+        trainer = self._coordinator.trainer
+        if trainer is not None and trainer.waiting is None and num_groups:
+            seconds = self._coordinator.clock() - trainer.since
+            self._scheduler.demand.step_trained(seconds, num_groups * self._scheduler.schedule.group_size)
 
     def _note_published(self) -> None:
         waiting = Waiting("the trainer's next request")

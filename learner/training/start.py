@@ -25,8 +25,10 @@ from learner.training.reference import Reference
 from learner.training.step import Algorithm
 from learner.training.stopping import StopOnSignal
 from learner.training.updater import Updater
+from learner.training.watched import Watched
 from penstock import config as configuration
 from penstock import log
+from penstock.watchdog import Watchdog
 from penstock.weights.version_log import VersionLog
 
 _log = logging.getLogger(__name__)
@@ -84,7 +86,7 @@ def train(
         num_steps=num_steps,
         position=position,
         learning_rate=lambda at: learning_rate(config.training.optimizer, step=at, num_steps=num_steps),
-        algorithm=algorithm,
+        algorithm=Watched(algorithm, stack.enter_context(Watchdog())),
         orders=Orders(coordinator, ranks, position, stop),
         versions=Versions(publisher, coordinator, ranks, config.run_dir / "metrics.jsonl"),
         checkpoints=checkpoints,

@@ -499,6 +499,45 @@ class EngineStats(_message.Message):
 Global___EngineStats: _TypeAlias = EngineStats  # noqa: Y015
 
 @_typing.final
+class ActorWait(_message.Message):
+    """What an actor waits for, of one kind."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WHAT_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    LONGEST_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    what: _builtins.str
+    """"an environment's step", "tokens", "room in the spool", "a lease", "weights"."""
+    owner: _builtins.str
+    """Who can end it."""
+    count: _builtins.int
+    @_builtins.property
+    def longest(self) -> _duration_pb2.Duration: ...
+    @_builtins.property
+    def limit(self) -> _duration_pb2.Duration:
+        """After this long the actor gives the wait up."""
+
+    def __init__(
+        self,
+        *,
+        what: _builtins.str = ...,
+        owner: _builtins.str = ...,
+        count: _builtins.int = ...,
+        longest: _duration_pb2.Duration | None = ...,
+        limit: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "longest", b"longest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "limit", b"limit", "longest", b"longest", "owner", b"owner", "what", b"what"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ActorWait: _TypeAlias = ActorWait  # noqa: Y015
+
+@_typing.final
 class HeartbeatRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -507,6 +546,7 @@ class HeartbeatRequest(_message.Message):
     PROGRESS_FIELD_NUMBER: _builtins.int
     STATS_FIELD_NUMBER: _builtins.int
     NUM_UNACKNOWLEDGED_FIELD_NUMBER: _builtins.int
+    WAITS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     num_unacknowledged: _builtins.int
     """Items in the spool that are not acknowledged."""
@@ -522,6 +562,10 @@ class HeartbeatRequest(_message.Message):
 
     @_builtins.property
     def stats(self) -> Global___EngineStats: ...
+    @_builtins.property
+    def waits(self) -> _containers.RepeatedCompositeFieldContainer[Global___ActorWait]:
+        """The longest first."""
+
     def __init__(
         self,
         *,
@@ -530,10 +574,11 @@ class HeartbeatRequest(_message.Message):
         progress: _abc.Iterable[Global___LeaseProgress] | None = ...,
         stats: Global___EngineStats | None = ...,
         num_unacknowledged: _builtins.int = ...,
+        waits: _abc.Iterable[Global___ActorWait] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["installed", b"installed", "stats", b"stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["installed", b"installed", "num_unacknowledged", b"num_unacknowledged", "progress", b"progress", "session_id", b"session_id", "stats", b"stats"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["installed", b"installed", "num_unacknowledged", b"num_unacknowledged", "progress", b"progress", "session_id", b"session_id", "stats", b"stats", "waits", b"waits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -101,6 +101,9 @@ class GetStatusResponse(_message.Message):
     ENVIRONMENTS_FIELD_NUMBER: _builtins.int
     NUM_GROUPS_OPEN_FIELD_NUMBER: _builtins.int
     NUM_GROUPS_READY_FIELD_NUMBER: _builtins.int
+    ACTORS_WANTED_FIELD_NUMBER: _builtins.int
+    NUM_HANDED_OVER_FIELD_NUMBER: _builtins.int
+    NUM_CONTINUED_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     state: Global___RunState.ValueType
     num_steps: _builtins.int
@@ -112,6 +115,11 @@ class GetStatusResponse(_message.Message):
     """Groups leased and not yet trained or dropped."""
     num_groups_ready: _builtins.int
     """Groups complete and waiting for the trainer."""
+    actors_wanted: _builtins.int
+    """How many actors like the present ones the learner could use; see docs/elasticity.md."""
+    num_handed_over: _builtins.int
+    """Rollouts that leaving actors handed over, and leases that went on from one."""
+    num_continued: _builtins.int
     @_builtins.property
     def version(self) -> _trajectory_pb2.PolicyVersion:
         """The newest published version."""
@@ -145,10 +153,13 @@ class GetStatusResponse(_message.Message):
         environments: _abc.Iterable[Global___EnvironmentStatus] | None = ...,
         num_groups_open: _builtins.int = ...,
         num_groups_ready: _builtins.int = ...,
+        actors_wanted: _builtins.int = ...,
+        num_handed_over: _builtins.int = ...,
+        num_continued: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "uptime", b"uptime", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actors", b"actors", "environments", b"environments", "ledger", b"ledger", "max_lag", b"max_lag", "metrics", b"metrics", "num_groups_open", b"num_groups_open", "num_groups_ready", b"num_groups_ready", "num_steps", b"num_steps", "run_id", b"run_id", "state", b"state", "tokens_per_second", b"tokens_per_second", "uptime", b"uptime", "version", b"version", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actors", b"actors", "actors_wanted", b"actors_wanted", "environments", b"environments", "ledger", b"ledger", "max_lag", b"max_lag", "metrics", b"metrics", "num_continued", b"num_continued", "num_groups_open", b"num_groups_open", "num_groups_ready", b"num_groups_ready", "num_handed_over", b"num_handed_over", "num_steps", b"num_steps", "run_id", b"run_id", "state", b"state", "tokens_per_second", b"tokens_per_second", "uptime", b"uptime", "version", b"version", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

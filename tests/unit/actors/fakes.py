@@ -85,6 +85,9 @@ class ScriptedEpisode:
 class ScriptedClient:
     """An EnvironmentClient whose steps give the next of `results`."""
 
+    address = "127.0.0.1:1"
+    reset_timeout_seconds = step_timeout_seconds = 30.0
+
     def __init__(
         self, prompt: str, results: Sequence[StepResult | EnvironmentFault], *, max_turns: int = 1
     ) -> None:
