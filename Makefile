@@ -9,7 +9,7 @@ TO_RUN := $(VENV)/.installed-to-run
 TO_DEVELOP := $(VENV)/.installed-to-develop
 TO_RUN_VLLM := $(VENV)/.installed-vllm
 
-.PHONY: help setup setup-vllm quickstart test check protos bench clean
+.PHONY: help setup setup-vllm quickstart test test-vllm check protos bench clean
 
 help:
 	@echo "make setup                 install into $(VENV), with what checks and tests need"
@@ -17,6 +17,7 @@ help:
 	@echo "make quickstart            train a tiny policy on this machine, and watch"
 	@echo "make quickstart ARGS=...   pass flags on; ARGS=--help lists them"
 	@echo "make test                  check, then run every test; ARGS=... goes to pytest"
+	@echo "make test-vllm             install vLLM for CPUs too, then run the tests of its engine"
 	@echo "make check                 style, types, protos, generated code"
 	@echo "make protos                generate penstock/v1 from protos/"
 	@echo "make bench                 run the benchmarks, write benchmarks/results/*.json"
@@ -31,6 +32,9 @@ quickstart: $(TO_RUN)
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-vllm: $(TO_DEVELOP) $(TO_RUN_VLLM)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/conformance/test_vllm_engine.py $(ARGS)
 
 check: $(TO_DEVELOP)
 	$(BIN)/ruff check .

@@ -31,6 +31,8 @@ class Installer:
         self._engine = engine
         self._fetcher = fetcher
         self._fetch_seconds = fetch_seconds
+        # What the trainer has on this host need not be copied for an engine that verifies its own copy.
+        self._in_place = engine.verifies
         self._announced: Manifest | None = None
         self._changed = asyncio.Event()
         self._abandoned = threading.Event()
@@ -62,6 +64,8 @@ class Installer:
         try:
             await self._install(manifest)
         except WeightTransferError as error:
+            # In place it may have been overwritten, or be corrupt there: the next one is fetched whole.
+            self._in_place = False
             _log.warning("version %s is not installed: %s; trying again", manifest.version, error)
             self._changed.set()
             await asyncio.sleep(_RETRY_SECONDS)
@@ -71,13 +75,18 @@ class Installer:
 
     async def _install(self, manifest: Manifest) -> None:
         staged = await asyncio.to_thread(
-            self._fetcher.fetch, manifest, timeout_seconds=self._fetch_seconds, abandoned=self._abandoned
+            self._fetcher.fetch,
+            manifest,
+            timeout_seconds=self._fetch_seconds,
+            in_place=self._in_place,
+            abandoned=self._abandoned,
         )
         report = await self._engine.install(staged)
         if report.digest != manifest.digest:
             raise WeightTransferError(
                 f"the engine installed digest {report.digest}; version {manifest.version} has {manifest.digest}"
             )
+        self._in_place = self._engine.verifies
         self.installed = (report.version, report.digest)
         _log.debug("installed %s, pause %.1f ms", report.version, report.pause_seconds * 1000)
         self.installed_event.set()

@@ -69,6 +69,8 @@ class InstallReport:
     """Over the tensors as installed; equals the manifest's."""
     pause_seconds: float
     """For how long no decode step could run."""
+    tensors_seconds: float
+    """Of them, for switching the tensors alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +87,11 @@ class EngineStats:
 
 class Engine(Protocol):
     """Generates with weights that may change between any two tokens."""
+
+    @property
+    def verifies(self) -> bool:
+        """Whether `install` checks the digest of its own copy, so that nobody need do it before."""
+        ...
 
     @property
     def num_slots(self) -> int:
@@ -113,7 +120,7 @@ class Engine(Protocol):
         ...
 
     async def install(self, staged: StagedWeights) -> InstallReport:
-        """Switches to a verified version between two decode steps.
+        """Switches to a version between two decode steps. Unless the engine verifies, it must be verified.
 
         Either every tensor is switched or none is. Raises WeightTransferError.
         """

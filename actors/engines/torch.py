@@ -82,6 +82,10 @@ class TorchEngine:
         self._max_install_seconds = 0.0
 
     @property
+    def verifies(self) -> bool:
+        return False
+
+    @property
     def num_slots(self) -> int:
         return self._num_slots
 
@@ -287,8 +291,9 @@ def _switch(decoder: Decoder, update: WeightUpdate, mode: InstallMode) -> Instal
         decoder.version = None
         raise
     decoder.switch_version(manifest.version, mode)
+    seconds = time.perf_counter() - started
     return InstallReport(
-        version=manifest.version, digest=manifest.digest, pause_seconds=time.perf_counter() - started
+        version=manifest.version, digest=manifest.digest, pause_seconds=seconds, tensors_seconds=seconds
     )
 
 

@@ -3,7 +3,7 @@
     this process                        EngineCore           worker(s)
       generate  -- request ------------> schedules --------> decode step
                 <-- tokens, version ----                <---
-      install   1 write a spare segment
+      install   1 prepare a spare segment (host_ring.py)
                 2 pause, switch, label, resume ---------> switch_weights (vllm_worker.py)
 
 EngineCore handles messages between two decode steps, in the order in which they were
@@ -36,8 +36,8 @@ from actors.engines.base import (
 )
 from actors.engines.policy import Architecture, load_architecture
 from actors.engines.tensors import TORCH_DTYPES
-from actors.engines.vllm_host import Output, VllmHost
-from penstock.errors import ConfigError, EngineFault, WeightTransferError
+from actors.engines.vllm_host import Output, Switch, VllmHost
+from penstock.errors import ConfigError, EngineFault
 from penstock.trajectory import InstallMode, PolicyVersion
 from penstock.weights.staged import StagedWeights
 
@@ -106,6 +106,10 @@ class VllmEngine:
         self._max_install_seconds = 0.0
 
     @property
+    def verifies(self) -> bool:
+        return True
+
+    @property
     def num_slots(self) -> int:
         return self._num_slots
 
@@ -152,18 +156,17 @@ class VllmEngine:
         """
         async with self._install_lock:
             vllm = await self._vllm_for(staged)
-            names = vllm.check(staged)
-            number, digest = await asyncio.to_thread(vllm.write, staged, names)
-            if digest != staged.manifest.digest:
-                raise WeightTransferError(
-                    f"version {staged.manifest.version} has digest {digest} in the engine's segment; expected "
-                    f"{staged.manifest.digest}; nothing was installed"
-                )
-            pause = await self._switch(vllm, number, staged.manifest.version)
+            segment = await vllm.prepare(staged)
+            switch = await self._switch(vllm, segment, staged.manifest.version)
         self._num_installs += 1
-        self._max_install_seconds = max(self._max_install_seconds, pause)
+        self._max_install_seconds = max(self._max_install_seconds, switch.pause_seconds)
         self._ready.set()
-        return InstallReport(version=staged.manifest.version, digest=digest, pause_seconds=pause)
+        return InstallReport(
+            version=staged.manifest.version,
+            digest=staged.manifest.digest,
+            pause_seconds=switch.pause_seconds,
+            tensors_seconds=switch.tensors_seconds,
+        )
 
     def stats(self) -> EngineStats:
         num_running = min(len(self._requests), self._num_slots) if self._ready.is_set() else 0
@@ -206,9 +209,9 @@ class VllmEngine:
         self._vllm = await self._launch(dtypes.pop())
         return self._vllm
 
-    async def _switch(self, vllm: VllmHost, number: int, version: PolicyVersion) -> float:
+    async def _switch(self, vllm: VllmHost, segment: str, version: PolicyVersion) -> Switch:
         try:
-            pause = await _within(_INSTALL_SECONDS, "vLLM to switch weights", vllm.switch(number, version))
+            switch = await _within(_INSTALL_SECONDS, "vLLM to switch weights", vllm.switch(segment, version))
         except BaseException as error:
             # What is in place now is not known: no token may come from it.
             self._crash = error
@@ -217,7 +220,7 @@ class VllmEngine:
                 raise EngineFault(f"vLLM failed while switching weights: {error}") from error
             raise
         self._installed = version
-        return pause
+        return switch
 
     async def _stream(
         self, name: str, request: GenerationRequest, limit: int

@@ -7,22 +7,27 @@ import contextlib
 import os
 import secrets
 import signal
+import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from blake3 import blake3
+from numpy.typing import NDArray
 
 from actors.engines.base import GenerationRequest, StopReason
+from actors.engines.host_ring import HostRing
 from actors.engines.placement import Placement
 from actors.engines.policy import Architecture, build_model
 from actors.engines.tensors import TORCH_DTYPES, match
 from penstock.errors import ConfigError, EngineFault
 from penstock.trajectory import PolicyVersion, Sampling
 from penstock.weights.manifest import ALIGNMENT, TensorEntry
-from penstock.weights.segment import OwnedSegment, create_segment
 from penstock.weights.staged import StagedWeights
 
 if TYPE_CHECKING:
@@ -31,7 +36,8 @@ if TYPE_CHECKING:
 
 _STOP_SECONDS = 10.0
 _WORKER = "actors.engines.vllm_worker.WeightInstaller"
-_NUM_SEGMENTS = 2
+_PREPARE_SECONDS = 120.0
+_PREPARE_NICENESS = 19
 _CPU_BLOCK = 128
 _MAX_SHARE_OF_MEMORY = 0.5
 
@@ -47,6 +53,16 @@ class Output:
     stop_reason: StopReason | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Switch:
+    """What one switch of weights took."""
+
+    pause_seconds: float
+    """For how long no decode step could run."""
+    tensors_seconds: float
+    """Of them, for switching the tensors in the slowest worker."""
+
+
 class VllmHost:
     """One AsyncLLM, and the segments that its workers have mapped."""
 
@@ -59,8 +75,11 @@ class VllmHost:
         self._model = model
         self._stop_ids = sorted(stop_ids)
         self._placement: Placement
-        self._segments: list[OwnedSegment] = []
-        self._current: int | None = None
+        self._ring: HostRing | None = None
+        self._attached: dict[str, int] = {}
+        self._current: str | None = None
+        self._stopping = threading.Event()
+        self._preparing = ThreadPoolExecutor(1, "prepare weights", initializer=_yield_to_decoding)
         self._num_switches = 0
         self.dtype = dtype
 
@@ -83,35 +102,63 @@ class VllmHost:
             raise
         return vllm
 
-    def check(self, staged: StagedWeights) -> dict[str, str]:
-        """Returns the names that the pieces have for the version's tensors. Raises WeightTransferError."""
-        return {name: names[0] for names, _, _ in match(self._model, staged) for name in names}
+    async def prepare(self, staged: StagedWeights) -> str:
+        """Brings a version to where the workers can switch to it. Returns its segment's name.
 
-    def write(self, staged: StagedWeights, names: dict[str, str]) -> tuple[int, str]:
-        """Writes the segment that no weights lie in. Returns its number, and the digest of what it holds."""
-        number = 0 if self._current is None else (self._current + 1) % _NUM_SEGMENTS
-        return number, self._placement.write(staged, names, self._segments[number].segment.payload)
+        What they compute with is not touched. Raises WeightTransferError.
+        """
+        loop = asyncio.get_running_loop()
+        name = await loop.run_in_executor(self._preparing, self._hold, staged)
+        try:
+            if name not in self._attached:
+                numbers = await self._llm.collective_rpc(
+                    "attach_segment", args=(name, self._placement.num_bytes)
+                )
+                self._attached[name] = numbers[0]
+        except BaseException:
+            self._release(name)
+            raise
+        return name
 
-    async def switch(self, number: int, version: PolicyVersion) -> float:
-        """Switches between two decode steps. Returns the seconds for which none could run."""
+    def _hold(self, staged: StagedWeights) -> str:
+        assert self._ring is not None
+        return self._ring.hold(
+            staged.manifest.digest,
+            lambda payload: self._write(staged, payload),
+            timeout_seconds=_PREPARE_SECONDS,
+            abandoned=self._stopping,
+        )
+
+    def _write(self, staged: StagedWeights, payload: NDArray[np.uint8]) -> str:
+        names = {name: names[0] for names, _, _ in match(self._model, staged) for name in names}
+        return self._placement.write(staged, names, payload)
+
+    def _release(self, name: str) -> None:
+        if self._ring is not None:
+            self._ring.release(name)
+
+    async def switch(self, name: str, version: PolicyVersion) -> Switch:
+        """Switches between two decode steps."""
         core = self._llm.engine_core
         pause = asyncio.ensure_future(core.pause_scheduler_async(mode="keep", clear_cache=False))
         try:
             if self._overlapping:
                 # The tokens of a step that is under way are labelled when it ends.
                 await pause
-            paused, *_, resumed = await asyncio.gather(
-                _timed(core.is_scheduler_paused_async()),
-                _timed(self._llm.collective_rpc("switch_weights", args=(number,))),
-                _timed(core.set_weight_version_async(str(version))),
+            paused, seconds, _, resumed = await asyncio.gather(
+                _timed(core.call_utility_async("is_scheduler_paused")),
+                self._llm.collective_rpc("switch_weights", args=(self._attached[name],)),
+                core.set_weight_version_async(str(version)),
                 _timed(core.resume_scheduler_async()),
             )
         finally:
             # It holds at once, but is answered only when nothing at all is left to do.
             pause.cancel()
-        self._current = number
+        before, self._current = self._current, name
+        if before is not None:
+            self._release(before)
         self._num_switches += 1
-        return resumed - paused
+        return Switch(pause_seconds=resumed - paused, tensors_seconds=max(seconds))
 
     async def generate(
         self, name: str, request: GenerationRequest, limit: int, stream_tokens: int
@@ -138,11 +185,16 @@ class VllmHost:
         with contextlib.suppress(EngineDeadError):
             await self._llm.abort(list(requests))
         await asyncio.to_thread(self._llm.shutdown, _STOP_SECONDS)
+        self._stopping.set()
+        await asyncio.to_thread(self._preparing.shutdown)
+        ring, self._ring = self._ring, None
+        if ring is not None:
+            ring.close()
         # __del__ would do so once more, when the modules that it needs may be gone.
         self._llm.shutdown = lambda: None
 
     async def _prepare(self) -> None:
-        """Finds out where tensors go, and has the workers map two segments."""
+        """Finds out where tensors go."""
         tensors = _checkpoint(self._model, self.dtype)
         rows = [(each.name, each.dtype, list(each.shape), each.offset) for each in tensors]
         share = self._llm.vllm_config.parallel_config.world_size == 1
@@ -155,14 +207,8 @@ class VllmHost:
             ) from error
         num_bytes, pieces = plans[0]
         self._placement = Placement.of(tensors, pieces, num_bytes)
-        for _ in range(_NUM_SEGMENTS):
-            segment = create_segment(f"penstock-vllm-{os.getpid()}", num_bytes)
-            self._segments.append(segment)
-            try:
-                await self._llm.collective_rpc("attach_segment", args=(segment.segment.name, num_bytes))
-            finally:
-                # Who has it mapped keeps it; nothing is left behind, however this process ends.
-                segment.remove()
+        layout = blake3(repr((rows, pieces, num_bytes)).encode()).hexdigest(8)
+        self._ring = HostRing(layout=layout, num_bytes=num_bytes)
 
     def _output(self, name: str, output: Any) -> Output:
         if output.weight_versions is not None:
@@ -300,6 +346,11 @@ def _checkpoint(model: PreTrainedModel, dtype: torch.dtype) -> list[TensorEntry]
             )
         )  # fmt: skip
     return tensors
+
+
+def _yield_to_decoding() -> None:
+    """Lowers this thread's priority: preparing a version takes no time from the decode loop."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _PREPARE_NICENESS)
 
 
 async def _timed(call: Awaitable[object]) -> float:

@@ -12,6 +12,9 @@ import threading
 import time
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from penstock.errors import WeightTransferError
 from penstock.weights.buffer import ChunkBuffer
 from penstock.weights.catching_up import CatchingUp
@@ -43,16 +46,24 @@ class WeightFetcher:
         self._catching_up = CatchingUp()
 
     def fetch(
-        self, manifest: Manifest, *, timeout_seconds: float, abandoned: threading.Event | None = None
+        self,
+        manifest: Manifest,
+        *,
+        timeout_seconds: float,
+        in_place: bool = False,
+        abandoned: threading.Event | None = None,
     ) -> StagedWeights:
         """Tries the manifest's media in order, for the chunks that are not here already.
 
+        in_place: take a version of this host as it lies there, without a copy and unverified.
         abandoned: set when the version is wanted no more; ends the fetch early.
         Raises WeightTransferError; then what was fetched before is unchanged.
         """
         patience = Patience(
             deadline=time.monotonic() + timeout_seconds, abandoned=abandoned or threading.Event()
         )
+        if in_place and (buffer := self._in_place(manifest)) is not None:
+            return StagedWeights(manifest=manifest, buffer=buffer, verified=False)
         staging = self._spare
         staging.prepare(manifest, self._newest)
         self._fetch_missing(manifest, staging, patience)
@@ -62,6 +73,16 @@ class WeightFetcher:
     def close(self) -> None:
         for receiver in self._receivers.values():
             receiver.close()
+
+    def _in_place(self, manifest: Manifest) -> NDArray[np.uint8] | None:
+        for medium in manifest.media:
+            receiver = self._receivers.get(type(medium))
+            if isinstance(medium, SharedMemoryMedium) and isinstance(receiver, SharedMemoryReceiver):
+                try:
+                    return receiver.in_place(manifest, medium)
+                except WeightTransferError as error:
+                    _log.debug("version %s does not lie on this host: %s", manifest.version, error)
+        return None
 
     def _fetch_missing(self, manifest: Manifest, staging: ChunkBuffer, patience: Patience) -> None:
         failures: list[str] = []

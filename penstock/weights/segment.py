@@ -4,7 +4,8 @@ A segment is a file of 64 bytes of header, then one version's packed tensors. Th
 header's first 16 bytes are the nonce. The writer sets it to zero, writes the tensors,
 then sets it to a random value that the manifest repeats; so a reader that finds the
 manifest's nonce before *and* after it read knows that nobody wrote in between. (It
-verifies digests as well.)
+verifies digests as well.) The next 32 bytes are a digest of the content, which engines
+name it by (actors/engines/host_ring.py).
 
 Plain files rather than multiprocessing.shared_memory, whose resource tracker unlinks
 what other processes still use. They are allocated once and then reused: writing to
@@ -31,6 +32,7 @@ from penstock.errors import ConfigError, WeightTransferError
 from penstock.trajectory import PolicyVersion
 from penstock.weights.manifest import (
     CHUNK_BYTES,
+    DIGEST_BYTES,
     HostTensor,
     Manifest,
     SharedMemoryMedium,
@@ -44,6 +46,7 @@ from penstock.weights.manifest import (
 
 HEADER_BYTES = 64
 NONCE_BYTES = 16
+_DIGEST = slice(NONCE_BYTES, NONCE_BYTES + DIGEST_BYTES)
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +70,12 @@ class Segment:
         return self._bytes[:NONCE_BYTES].tobytes().hex()
 
     @property
+    def digest(self) -> str | None:
+        """Hexadecimal; None if nobody has said what the segment holds."""
+        digest = self._bytes[_DIGEST].tobytes()
+        return digest.hex() if any(digest) else None
+
+    @property
     def capacity(self) -> int:
         return self._bytes.size - HEADER_BYTES
 
@@ -77,6 +86,10 @@ class Segment:
 
     def set_nonce(self, nonce: bytes) -> None:
         self._bytes[:NONCE_BYTES] = np.frombuffer(nonce, dtype=np.uint8)
+
+    def set_digest(self, digest: str | None) -> None:
+        raw = bytes(DIGEST_BYTES) if digest is None else bytes.fromhex(digest)
+        self._bytes[_DIGEST] = np.frombuffer(raw, dtype=np.uint8)
 
 
 def open_segment(medium: SharedMemoryMedium, num_bytes: int) -> Segment:
@@ -233,17 +246,21 @@ class Written:
 
 
 class OwnedSegment:
-    """A segment that this process made, with the file whose lock shows that it lives."""
+    """A segment that this process may write to, with its file, whose lock says who uses it."""
 
     def __init__(self, segment: Segment, path: Path, file: int) -> None:
         self.segment = segment
+        self.file = file
         self._path = path
-        self._file = file
 
     def remove(self) -> None:
         """Removes the file; who has it mapped keeps the bytes."""
         self._path.unlink(missing_ok=True)
-        os.close(self._file)
+        self.close()
+
+    def close(self) -> None:
+        """Gives up the lock, and leaves the file."""
+        os.close(self.file)
 
 
 def create_segment(prefix: str, num_bytes: int) -> OwnedSegment:
@@ -260,6 +277,28 @@ def create_segment(prefix: str, num_bytes: int) -> OwnedSegment:
                 directory, num_bytes, error,
             )  # fmt: skip
     raise WeightTransferError(f"no room for a weight segment of {num_bytes} bytes: {'; '.join(refusals)}")
+
+
+def find_segments(prefix: str) -> list[Path]:
+    """The segments of this host whose names begin so."""
+    paths = (path for directory in _directories() for path in directory.glob(f"{prefix}.*"))
+    return [path for path in paths if _NAME.fullmatch(path.name)]
+
+
+def adopt_segment(path: Path, num_bytes: int) -> OwnedSegment | None:
+    """Maps a segment for writing that another process of this user made. Takes no lock.
+
+    None if it is gone, another user's, or not of that size (yet).
+    """
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    status = os.fstat(file)
+    if status.st_uid != os.geteuid() or status.st_size != HEADER_BYTES + num_bytes:
+        os.close(file)
+        return None
+    return OwnedSegment(Segment(mmap.mmap(file, status.st_size), path.name), path, file)
 
 
 def _create_in(directory: Path, name: str, num_bytes: int) -> OwnedSegment:
@@ -297,6 +336,11 @@ def _is_abandoned(path: Path) -> bool:
         return True
     finally:
         os.close(file)
+
+
+def segment_folder() -> Path:
+    """Where segments lie, if it has room for them."""
+    return next(directory for directory in _directories() if directory.is_dir())
 
 
 def _directories() -> tuple[Path, ...]:

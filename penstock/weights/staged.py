@@ -1,4 +1,4 @@
-"""A version that has arrived whole and is verified, waiting to be installed."""
+"""A version that waits to be installed."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ from penstock.weights.manifest import (
 class StagedWeights:
     manifest: Manifest
     buffer: NDArray[np.uint8]
-    """[num_bytes] uint8: the packed tensors, at the manifest's offsets. Every chunk's digest was checked.
-    Not to be written to."""
+    """[num_bytes] uint8: the packed tensors, at the manifest's offsets. Not to be written to."""
+    verified: bool = True
+    """Whether every chunk's digest was checked. If not, this is the trainer's own memory, which may come
+    to hold another version at any time: whoever copies it checks the copy."""
 
 
 def stage(version: PolicyVersion, tensors: Sequence[HostTensor]) -> StagedWeights:

@@ -14,9 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from actors.engines.base import Engine, GenerationChunk, GenerationRequest, StopReason
+from learner.training.model import load_policy
+from learner.training.packing import TokenSequence, pack
+from learner.training.policy import Policy as TrainerPolicy
 from penstock.errors import EngineFault, WeightTransferError
 from penstock.trajectory import InstallMode, PolicyVersion, Sampling, TokenIds
 from penstock.weights.manifest import HostTensor
@@ -322,6 +326,31 @@ class EngineSuite:
                 assert done.logprobs == pytest.approx(policy.logprobs(ids, done.token_ids), abs=TOLERANCE)
             assert engine.stats().num_installs - before == 10
 
+    @pytest.mark.parametrize("name", ["qwen3-tied", "qwen3-untied"])
+    async def test_the_trainer_gives_the_same_logprobs_before_and_after_ten_installs(
+        self, name: str, tmp_path: Path
+    ) -> None:
+        policy = write_policy(tmp_path / "policy", configs()[name])
+        policy.model.save_pretrained(tmp_path / "trained")  # type: ignore[operator]
+        trainer = load_policy(tmp_path / "trained")
+        trained = Policy(folder=policy.folder, model=trainer.causal_lm)
+        ids = [prompt(length, length) for length in (3, 11, 20)]
+        async with self.running(policy) as engine:
+            for step in range(11):
+                await engine.install(trained.stage(PolicyVersion(1, step)))
+                if step in (0, 10):
+                    wanted = [request(each, max_tokens=40, temperature=0.8, seed=5) for each in ids]
+                    completions = await complete_all(engine, wanted)
+                    ours = np.concatenate([done.logprobs for done in completions])
+                    theirs = np.concatenate(
+                        [
+                            _trainer_logprobs(trainer, each, done.token_ids, temperature=0.8)
+                            for each, done in zip(ids, completions, strict=True)
+                        ]
+                    )
+                    assert np.abs(ours - theirs).mean() <= TOLERANCE
+                trained.perturb(seed=step)
+
     async def test_a_change_of_one_tensor_shows_whichever_it_is(self, policy: Policy) -> None:
         ids = prompt(9)
         tokens = prompt(12, 1).tolist()
@@ -389,6 +418,20 @@ class EngineSuite:
                 await complete(engine, request(prompt(3)))
             with pytest.raises(EngineFault, match="stopped"):
                 await engine.install(qwen.stage(FIRST))
+
+
+@torch.no_grad()
+def _trainer_logprobs(
+    trainer: TrainerPolicy, prompt_ids: TokenIds, completion: list[int], *, temperature: float
+) -> NDArray[np.float32]:
+    mask = np.zeros(len(prompt_ids) + len(completion), dtype=np.uint8)
+    mask[len(prompt_ids) :] = 1
+    sequence = TokenSequence(
+        token_ids=np.concatenate([prompt_ids, np.array(completion, dtype=np.int32)]), loss_mask=mask
+    )
+    row = pack([sequence], [0], torch.device("cpu"))
+    scores: NDArray[np.float32] = trainer(row, temperature=temperature).logprobs_S.numpy()
+    return scores
 
 
 def _three_versions(policy: Policy) -> dict[PolicyVersion, Policy]:

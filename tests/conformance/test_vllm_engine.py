@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import importlib.util
+import os
+import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,8 +22,15 @@ import pytest_asyncio
 
 from actors.engines.base import Engine
 from actors.engines.vllm import VllmEngine
-from penstock.errors import ConfigError
-from penstock.trajectory import InstallMode
+from actors.install import Installer
+from penstock.codec import manifest_to_wire
+from penstock.errors import ConfigError, WeightTransferError
+from penstock.trajectory import InstallMode, PolicyVersion
+from penstock.weights.fetch import WeightFetcher
+from penstock.weights.manifest import HostTensor, Manifest
+from penstock.weights.media.shared_memory import SharedMemoryReceiver
+from penstock.weights.segment import SegmentRing
+from penstock.weights.staged import StagedWeights
 from tests.conformance.engine_suite import (
     FIRST,
     SECOND,
@@ -30,7 +41,7 @@ from tests.conformance.engine_suite import (
     request,
     until,
 )
-from tests.conformance.policies import MAX_CONTEXT, Policy, configs, write_policy
+from tests.conformance.policies import MAX_CONTEXT, Policy, configs, host_tensors, write_policy
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vllm is not installed; `make setup-vllm` installs it"
@@ -52,6 +63,49 @@ async def main():
 if __name__ == "__main__":
     asyncio.run(main())
 """
+
+_KILLED_IN_MID_INSTALL = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from actors.engines.placement import Placement
+from actors.engines.vllm import VllmEngine
+from actors.policy_weights import stage_policy
+from penstock.trajectory import PolicyVersion
+
+def write_half(self, staged, names, segment):
+    segment[: len(segment) // 2] = 77
+    print("preparing", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+async def main():
+    engine = VllmEngine(Path(sys.argv[1]), num_slots=1, max_context=64)
+    await engine.start()
+    Placement.write = write_half
+    await engine.install(stage_policy(Path(sys.argv[2]), PolicyVersion(1, 1)))
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+class _OverwritingFetcher(WeightFetcher):
+    """Has the trainer publish other tensors in the place of the first version that is fetched."""
+
+    def __init__(self, ring: SegmentRing, others: Sequence[HostTensor]) -> None:
+        super().__init__([SharedMemoryReceiver()])
+        self.num_overwritten = 0
+        self._ring = ring
+        self._others = others
+
+    def fetch(self, manifest: Manifest, **arguments: Any) -> StagedWeights:
+        staged = super().fetch(manifest, **arguments)
+        if not self.num_overwritten:
+            assert not staged.verified
+            for step in (2, 3):
+                self._ring.write(PolicyVersion(1, step), self._others)
+            self.num_overwritten += 1
+        return staged
+
 
 _engines: dict[tuple[str, int, InstallMode], Engine] = {}
 """Engines that have installed a version, by configuration, number of slots and mode."""
@@ -137,6 +191,74 @@ class TestVllmEngine(EngineSuite):
         with pytest.raises(ConfigError, match="in place"):
             await engine.start()
         await engine.stop()
+
+    async def test_an_install_of_corrupt_weights_changes_nothing_and_may_be_tried_again(
+        self, qwen: Policy
+    ) -> None:
+        new = write_policy(qwen.folder, qwen.model.config, seed=1)
+        good = new.stage(SECOND)
+        buffer = good.buffer.copy()
+        buffer[good.manifest.tensors[-1].offset] ^= 1
+        corrupt = dataclasses.replace(good, buffer=buffer, verified=False)
+        ids = prompt(9)
+        async with self.running(qwen) as engine:
+            with pytest.raises(WeightTransferError, match="digest"):
+                await engine.install(corrupt)
+            assert engine.installed == FIRST
+            done = await complete(engine, request(ids, max_tokens=10))
+            assert done.spans == [(FIRST, 10)]
+            assert done.logprobs == pytest.approx(qwen.logprobs(ids, done.token_ids), abs=TOLERANCE)
+            await engine.install(good)
+            done = await complete(engine, request(ids, max_tokens=10))
+            assert done.logprobs == pytest.approx(new.logprobs(ids, done.token_ids), abs=TOLERANCE)
+
+    async def test_weights_that_the_trainer_overwrites_in_mid_install_are_refused_and_fetched_again(
+        self, qwen: Policy
+    ) -> None:
+        """By the installer and the fetcher of a real actor, from the trainer's own memory."""
+        new = write_policy(qwen.folder, qwen.model.config, seed=1)
+        ring = SegmentRing(name_prefix=f"penstock-test-{os.getpid()}", num_segments=2)
+        fetcher = _OverwritingFetcher(ring, host_tensors(qwen.model))
+        async with self.running(qwen) as engine, asyncio.TaskGroup() as group:
+            installer = Installer(engine, fetcher)
+            running = group.create_task(installer.run())
+            installer.announce(manifest_to_wire(ring.write(SECOND, host_tensors(new.model))))
+            await until(lambda: fetcher.num_overwritten == 1)
+            assert installer.installed is None, "an overwritten version was confirmed"
+            newest = ring.write(PolicyVersion(1, 9), host_tensors(new.model))
+            installer.announce(manifest_to_wire(newest))
+            await until(lambda: installer.installed is not None)
+            assert installer.installed == (newest.version, newest.digest)
+            done = await complete(engine, request(prompt(9), max_tokens=10))
+            assert done.spans == [(newest.version, 10)]
+            assert done.logprobs == pytest.approx(new.logprobs(prompt(9), done.token_ids), abs=TOLERANCE)
+            running.cancel()
+        fetcher.close()
+        ring.close()
+
+    async def test_an_actor_that_is_killed_in_mid_install_spoils_nothing_for_the_others(
+        self, qwen: Policy, tmp_path: Path
+    ) -> None:
+        new = write_policy(qwen.folder, qwen.model.config, seed=1)
+        new.model.save_pretrained(tmp_path / "second")  # type: ignore[operator]
+        ids = prompt(9)
+        async with self.running(qwen) as engine:
+            program = tmp_path / "program.py"
+            program.write_text(_KILLED_IN_MID_INSTALL)
+            actor = await asyncio.create_subprocess_exec(
+                sys.executable, str(program), str(qwen.folder), str(tmp_path / "second"),
+                stdout=asyncio.subprocess.PIPE,
+            )  # fmt: skip
+            assert actor.stdout is not None
+            assert b"preparing\n" in await actor.stdout.read()
+            assert await actor.wait() == -signal.SIGKILL
+            done = await complete(engine, request(ids, max_tokens=10))
+            assert done.spans == [(FIRST, 10)]
+            assert done.logprobs == pytest.approx(qwen.logprobs(ids, done.token_ids), abs=TOLERANCE)
+            await engine.install(new.stage(SECOND))
+            done = await complete(engine, request(ids, max_tokens=10))
+            assert done.spans == [(SECOND, 10)]
+            assert done.logprobs == pytest.approx(new.logprobs(ids, done.token_ids), abs=TOLERANCE)
 
     async def test_its_processes_end_when_the_actor_is_killed(self, qwen: Policy, tmp_path: Path) -> None:
         program = tmp_path / "program.py"

@@ -94,6 +94,7 @@ class ScriptedEngine:
 
     num_slots = 8
     max_context = 1_000_000
+    verifies = False
 
     def __init__(self, script: Script) -> None:
         self._script = script
@@ -111,7 +112,10 @@ class ScriptedEngine:
         self.installed = staged.manifest.version
         self.num_installs += 1
         return InstallReport(
-            version=staged.manifest.version, digest=staged.manifest.digest, pause_seconds=0.0
+            version=staged.manifest.version,
+            digest=staged.manifest.digest,
+            pause_seconds=0.0,
+            tensors_seconds=0.0,
         )
 
     def stats(self) -> EngineStats:

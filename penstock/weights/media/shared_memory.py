@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from penstock.errors import WeightTransferError
 from penstock.weights.manifest import Blob, Medium, SharedMemoryMedium
 from penstock.weights.media.base import Chunk, Patience
@@ -32,6 +35,12 @@ class SharedMemoryReceiver:
             _check_nonce(segment, medium, blob)
             yield index, payload[blob.chunk(index)]
         _check_nonce(segment, medium, blob)
+
+    def in_place(self, blob: Blob, medium: SharedMemoryMedium) -> NDArray[np.uint8]:
+        """[num_bytes] uint8, the trainer's own: it may hold another version at any time."""
+        segment = self._map(medium, blob.num_bytes)
+        _check_nonce(segment, medium, blob)
+        return segment.payload[: blob.num_bytes]
 
     def close(self) -> None:
         self._mapped.clear()

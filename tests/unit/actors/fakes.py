@@ -17,6 +17,7 @@ class ScriptedEngine:
     """Each request gets the next of `turns`: chunks of (token ids, version), ended by a stop token."""
 
     num_slots = 4
+    verifies = False
     max_context = 64
 
     def __init__(self, turns: Sequence[Sequence[GenerationChunk]]) -> None:
@@ -36,7 +37,10 @@ class ScriptedEngine:
         self.installs.append(staged)
         self.installed = staged.manifest.version
         return InstallReport(
-            version=staged.manifest.version, digest=staged.manifest.digest, pause_seconds=0.0
+            version=staged.manifest.version,
+            digest=staged.manifest.digest,
+            pause_seconds=0.0,
+            tensors_seconds=0.0,
         )
 
     def stats(self) -> EngineStats:

@@ -26,13 +26,20 @@ class Fetcher:
     def __init__(self, *, failures: int = 0) -> None:
         self.failures = failures
         self.fetched: list[int] = []
+        self.in_place: list[bool] = []
         self.started = threading.Event()
         self.go_on = threading.Event()
         self.go_on.set()
 
     def fetch(
-        self, manifest: Manifest, *, timeout_seconds: float, abandoned: threading.Event | None = None
+        self,
+        manifest: Manifest,
+        *,
+        timeout_seconds: float,
+        in_place: bool,
+        abandoned: threading.Event | None = None,
     ) -> StagedWeights:
+        self.in_place.append(in_place)
         self.started.set()
         assert self.go_on.wait(timeout=20)
         if self.failures:
@@ -87,3 +94,13 @@ async def test_versions_that_come_during_a_fetch_are_skipped_but_the_newest():
     fetcher.go_on.set()
     await task
     assert fetcher.fetched == [1, 4], "a fetch that began is not given up for each newer version"
+
+
+async def test_an_engine_that_verifies_reads_the_trainers_own_memory_until_that_fails():
+    engine, fetcher = ScriptedEngine([]), Fetcher(failures=1)
+    engine.verifies = True
+    installer = Installer(engine, fetcher)  # type: ignore[arg-type]
+    for step in (1, 2):
+        installer.announce(manifest_to_wire(staged(step).manifest))
+        await run_until(installer, step)
+    assert fetcher.in_place == [True, False, True]
