@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from penstock.errors import WeightTransferError
 from penstock.weights.manifest import TensorEntry
 from penstock.weights.staged import StagedWeights
+
+# Staged bytes may be read-only memory. torch warns that it cannot say so of a tensor; nothing here writes to them.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """By safetensors' name."""

@@ -22,7 +22,6 @@ import select
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -148,10 +147,7 @@ class WeightInstaller:
     def attach_segment(self, name: str, num_bytes: int) -> int:
         """Maps a segment. Returns its number."""
         payload = open_segment(SharedMemoryMedium(name=name, nonce=""), num_bytes).payload
-        with warnings.catch_warnings():
-            # The mapping is read-only, and nothing here writes to weights.
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            segment = torch.from_numpy(payload)
+        segment = torch.from_numpy(payload)
         if self.penstock_regions is None:
             pairs = [(copy.target, _like(copy.source, segment)) for copy in self.penstock_copies]
         else:

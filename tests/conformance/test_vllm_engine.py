@@ -111,6 +111,9 @@ _engines: dict[tuple[str, int, InstallMode], Engine] = {}
 """Engines that have installed a version, by configuration, number of slots and mode."""
 
 
+# Weights of a seed of their own are in no segment that the engines of this module share.
+
+
 @pytest.mark.asyncio(loop_scope="class")
 class TestVllmEngine(EngineSuite):
     unsupported = {"qwen3-moe": "vLLM packs the weights of experts on CPUs"}  # noqa: RUF012
@@ -195,7 +198,7 @@ class TestVllmEngine(EngineSuite):
     async def test_an_install_of_corrupt_weights_changes_nothing_and_may_be_tried_again(
         self, qwen: Policy
     ) -> None:
-        new = write_policy(qwen.folder, qwen.model.config, seed=1)
+        new = write_policy(qwen.folder, qwen.model.config, seed=10)
         good = new.stage(SECOND)
         buffer = good.buffer.copy()
         buffer[good.manifest.tensors[-1].offset] ^= 1
@@ -216,7 +219,7 @@ class TestVllmEngine(EngineSuite):
         self, qwen: Policy
     ) -> None:
         """By the installer and the fetcher of a real actor, from the trainer's own memory."""
-        new = write_policy(qwen.folder, qwen.model.config, seed=1)
+        new = write_policy(qwen.folder, qwen.model.config, seed=11)
         ring = SegmentRing(name_prefix=f"penstock-test-{os.getpid()}", num_segments=2)
         fetcher = _OverwritingFetcher(ring, host_tensors(qwen.model))
         async with self.running(qwen) as engine, asyncio.TaskGroup() as group:
@@ -239,7 +242,7 @@ class TestVllmEngine(EngineSuite):
     async def test_an_actor_that_is_killed_in_mid_install_spoils_nothing_for_the_others(
         self, qwen: Policy, tmp_path: Path
     ) -> None:
-        new = write_policy(qwen.folder, qwen.model.config, seed=1)
+        new = write_policy(qwen.folder, qwen.model.config, seed=12)
         new.model.save_pretrained(tmp_path / "second")  # type: ignore[operator]
         ids = prompt(9)
         async with self.running(qwen) as engine:
