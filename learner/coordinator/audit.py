@@ -16,8 +16,9 @@ from typing import Any
 
 import apsw
 
-from learner.coordinator import database
+from learner.coordinator import database, tables
 from learner.coordinator.ledger import Totals, read_totals
+from penstock.codec import checksum
 from penstock.errors import LedgerError
 
 _MOST_NAMED = 5
@@ -115,6 +116,12 @@ def _database(db: apsw.Connection) -> Iterator[str]:
     for (line,) in db.execute(f"PRAGMA integrity_check({_MOST_NAMED})"):
         if line != "ok":
             yield line
+
+
+def _payloads(db: apsw.Connection) -> Iterator[str]:
+    for name, payload, stored in db.execute("SELECT trajectory_id, payload, checksum FROM payloads"):
+        if tables.signed(checksum(payload)) != stored:
+            yield f"the payload of {name} is not what its actor sent"
 
 
 def _conservation(db: apsw.Connection) -> Iterator[str]:
@@ -279,6 +286,7 @@ def _named(db: apsw.Connection, what: str, sql: str) -> Iterator[str]:
 Check = Callable[[apsw.Connection], Iterator[str]]
 INVARIANTS: dict[str, tuple[str, Check]] = {
     "database": ("every page has its checksum, and indexes agree with tables", _database),
+    "payloads": ("every payload kept has the checksum that its actor made of it", _payloads),
     "conservation": (
         "accepted = trained + pending + stale + surplus + group_dropped + quarantined",
         _conservation,

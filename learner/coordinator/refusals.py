@@ -25,7 +25,8 @@ _STATUS = {
     PeerLost: grpc.StatusCode.FAILED_PRECONDITION,
     ProtocolError: grpc.StatusCode.INVALID_ARGUMENT,
     ConfigError: grpc.StatusCode.INVALID_ARGUMENT,
-    LedgerError: grpc.StatusCode.INTERNAL,
+    # The process is about to end: what was not acknowledged is to be sent to its successor.
+    LedgerError: grpc.StatusCode.UNAVAILABLE,
     WeightTransferError: grpc.StatusCode.INTERNAL,
 }
 

@@ -51,6 +51,7 @@ def test_a_sound_ledger_passes(path: Path):
     ("broken", "sql"),
     [
         ("conservation", "UPDATE tallies SET value = value + 1 WHERE name = 'accepted'"),
+        ("payloads", "UPDATE payloads SET payload = x'00'"),
         ("I1", "UPDATE trajectories SET step = step + 1 WHERE state = 'trained' AND slot = 0"),
         (
             "I1",
