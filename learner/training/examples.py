@@ -1,16 +1,16 @@
-"""Prompt and completion pairs from a JSONL file, as token sequences."""
+"""What the offline algorithms learn from: examples and preference pairs, from JSONL or Parquet."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+import math
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from learner.training.conversations import Encoder
 from learner.training.packing import TokenSequence
+from learner.training.preference import Pair
+from learner.training.records import Record, read_records
 from penstock.errors import ConfigError
 
 
@@ -26,52 +26,63 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> list[TokenSequence]:
-    """Reads {"prompt": ..., "completion": ...} lines; only the completion and its end token are learned from.
+    """Reads {"prompt", "completion"} or {"messages"} a row.
 
-    A prompt is taken as it is, without a chat template. Blank lines are passed over.
-    Raises ConfigError, naming file and line.
+    Of a prompt and a completion, each text or messages, only the completion is learned
+    from; of a conversation, every turn of the assistant. Raises ConfigError, naming file and line.
     """
-    examples = [_encode(tokenizer, where, pair, max_tokens) for where, pair in _pairs(path)]
-    if not examples:
-        raise ConfigError(f"{path}: has no examples; expected one JSON object a line")
-    return examples
+    encoder = Encoder(tokenizer, max_tokens=max_tokens)
+    return [_example(encoder, where, record) for where, record in read_records(path)]
 
 
-def _pairs(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path}, line {number}", _parse(f"{path}, line {number}", line)
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: no such file; expected JSONL with a prompt and a completion a line"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
+def read_pairs(path: Path, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> list[Pair]:
+    """Reads {"prompt", "chosen", "rejected"} a row, each text or messages, and an optional number "margin".
+
+    Without a prompt, chosen and rejected are whole conversations, and what they begin with
+    in common is the prompt. Raises ConfigError, naming file and line.
+    """
+    encoder = Encoder(tokenizer, max_tokens=max_tokens)
+    return [_pair(encoder, where, record) for where, record in read_records(path)]
 
 
-def _parse(where: str, line: str) -> dict[str, str]:
-    try:
-        pair: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: is not JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(pair, dict):
-        raise ConfigError(f"{where}: is a JSON {type(pair).__name__}; expected an object")
-    for key in ("prompt", "completion"):
-        if not isinstance(pair.get(key), str):
-            raise ConfigError(f'{where}: "{key}" is {pair.get(key)!r}; expected a string')
-    return pair
+def _example(encoder: Encoder, where: str, record: Record) -> TokenSequence:
+    if "messages" in record:
+        return encoder.conversation(where, record["messages"])
+    _require(where, record, "prompt", "completion")
+    return encoder.completion(where, record["prompt"], record["completion"])
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, where: str, pair: dict[str, str], max_tokens: int
-) -> TokenSequence:
-    prompt: Sequence[int] = tokenizer(pair["prompt"])["input_ids"]
-    completion: Sequence[int] = tokenizer(pair["completion"], add_special_tokens=False)["input_ids"]
-    token_ids = [*prompt, *completion, tokenizer.eos_token_id]
-    if len(token_ids) > max_tokens:
-        raise ConfigError(f"{where}: has {len(token_ids)} tokens; the policy's context holds {max_tokens}")
-    loss_mask = np.zeros(len(token_ids), dtype=np.uint8)
-    loss_mask[len(prompt) :] = 1
-    return TokenSequence(token_ids=np.asarray(token_ids, dtype=np.int32), loss_mask=loss_mask)
+def _pair(encoder: Encoder, where: str, record: Record) -> Pair:
+    if record.get("prompt") is None and isinstance(record.get("chosen"), list):
+        record = _split_prompt(where, record)
+    _require(where, record, "prompt", "chosen", "rejected")
+    if record["chosen"] == record["rejected"]:
+        raise ConfigError(f"{where}: chosen and rejected are the same; expected two answers")
+    margin = record.get("margin")
+    if margin is not None and (not isinstance(margin, int | float) or not math.isfinite(margin)):
+        raise ConfigError(f'{where}: "margin" is {margin!r}; expected a finite number')
+    return Pair(
+        chosen=encoder.completion(where, record["prompt"], record["chosen"]),
+        rejected=encoder.completion(where, record["prompt"], record["rejected"]),
+        margin=float(margin or 0.0),
+    )
+
+
+def _split_prompt(where: str, record: Record) -> Record:
+    chosen, rejected = record["chosen"], record.get("rejected")
+    if not isinstance(rejected, list):
+        raise ConfigError(f'{where}: "rejected" is {rejected!r}; expected messages, as "chosen" is')
+    same = [left == right for left, right in zip(chosen, rejected, strict=False)]
+    common = [*same, False].index(False)
+    if common in (0, len(chosen), len(rejected)):
+        raise ConfigError(f"{where}: chosen and rejected begin with no common prompt, or are nothing but it")
+    return {**record, "prompt": chosen[:common], "chosen": chosen[common:], "rejected": rejected[common:]}
+
+
+def _require(where: str, record: Record, prompt: str, *answers: str) -> None:
+    """Raises ConfigError unless all are text, or all are messages."""
+    kind = list if isinstance(record.get(prompt), list) else str
+    for key in (prompt, *answers):
+        if not isinstance(record.get(key), kind):
+            expected = "a string" if kind is str else f"messages, as {prompt} is"
+            raise ConfigError(f'{where}: "{key}" is {record.get(key)!r}; expected {expected}')

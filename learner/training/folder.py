@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -27,12 +28,19 @@ def check_output_folder(out: Path) -> None:
 
 
 def write_policy_folder(
-    out: Path, tensors: Mapping[str, torch.Tensor], *, source: Path, precision: Precision
+    out: Path,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    source: Path,
+    precision: Precision,
+    architecture: Any = AutoModelForCausalLM,
+    **settings: int,
 ) -> None:
     """Writes weights under their checkpoint names, and all other files as `source` has them.
 
     tensors: full, by the names of the model's parameters and persistent buffers; tied
-    ones once. The folder is written aside and renamed; a policy folder that stands at
+    ones once. architecture: transformers' class of what is written. settings: changed in
+    its config.json. The folder is written aside and renamed; a policy folder that stands at
     `out` is replaced. Raises ConfigError.
     """
     check_output_folder(out)
@@ -41,9 +49,9 @@ def write_policy_folder(
     aside = out.with_name(f".{out.name}.writing-{os.getpid()}")
     shutil.copytree(source, aside, ignore=shutil.ignore_patterns(*_WEIGHTS, ".*"))
     try:
-        config = AutoConfig.from_pretrained(source, local_files_only=True, dtype=dtype)
+        config = AutoConfig.from_pretrained(source, local_files_only=True, dtype=dtype, **settings)
         with torch.device("meta"):
-            causal_lm = AutoModelForCausalLM.from_config(config)
+            causal_lm = architecture.from_config(config)
         weights = {name: tensor.to("cpu", dtype) for name, tensor in tensors.items()}
         report = causal_lm.load_state_dict(weights, strict=False, assign=True)
         causal_lm.tie_weights()

@@ -30,7 +30,7 @@ _COMMANDS = {
     "learner": _Command("learner.main:main", "start a run: coordinator and trainer"),
     "actor": _Command("actors.main:main", "generate for a learner"),
     "env": _Command("environments.main:main", "serve or check an environment"),
-    "train": _Command("learner.offline:main", "train from files: sft"),
+    "train": _Command("learner.offline.main:main", "train from files: sft, dpo, rm"),
     "eval": _Command("actors.evaluate:main", "measure a policy on an environment"),
     "export": _Command("learner.export:main", "write a checkpoint as a Hugging Face folder"),
     "ledger": _Command("penstock.cli.ledger:main", "inspect and verify a run's ledger"),

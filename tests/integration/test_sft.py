@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from learner.offline import main
+from learner.offline.main import main
 from penstock.errors import ConfigError
 from tests.tiny_policy import write_tiny_policy
 
@@ -99,5 +99,5 @@ def test_a_broken_line_is_named_and_nothing_is_written(tmp_path: Path) -> None:
 
 
 def test_an_unknown_kind_of_training_is_named() -> None:
-    with pytest.raises(ConfigError, match="got rl; expected `penstock train sft"):
+    with pytest.raises(ConfigError, match="got rl; expected `penstock train sft\\|dpo\\|rm"):
         main(["rl"])

@@ -15,6 +15,7 @@ class OneProcess:
     """An accelerator that has nobody to talk to."""
 
     num_processes = 1
+    device = "cpu"
     sync_gradients = True
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:

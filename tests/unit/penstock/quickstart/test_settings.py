@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from learner.config import RunConfig
-from learner.offline import SftConfig
+from learner.offline.config import SftConfig
 from penstock import cli, config
 from penstock.errors import ConfigError
 from penstock.quickstart.settings import QuickstartConfig, make_folder, run_toml, warm_start_toml
