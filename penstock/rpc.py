@@ -30,6 +30,8 @@ _SHARED_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 SERVER_OPTIONS = (
     *_SHARED_OPTIONS,
+    # Identity only: a few kilobytes of gzip would be inflated before their size is checked.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
     # Without this, a second server on a taken port shares it in silence.
     ("grpc.so_reuseport", 0),
     ("grpc.keepalive_permit_without_calls", 1),

@@ -71,6 +71,9 @@ def open_reader(path: Path) -> apsw.Connection:
 
 def explain(error: BaseException) -> str:
     """What an error of SQLite means for the ledger."""
+    while isinstance(error.__context__, apsw.Error):
+        # SQLite has rolled back by itself, and undoing it once more failed: the first error tells why.
+        error = error.__context__
     return _DAMAGED if getattr(error, "extendedresult", None) == _WRONG_CHECKSUM else str(error)
 
 
