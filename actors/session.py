@@ -184,7 +184,7 @@ def translate(error: grpc.aio.AioRpcError) -> PenstockError:
         return SessionFenced(details)
     if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
         return SessionLost(details)
-    if error.code() in _UNREACHABLE:
+    if error.code() in _UNREACHABLE or error.code() is grpc.StatusCode.DATA_LOSS:
         return PeerLost(details)
     if error.code() is grpc.StatusCode.INTERNAL:
         return PeerLost(f"the learner failed: {details}")

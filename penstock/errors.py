@@ -5,6 +5,7 @@
     ├── ProtocolError                 a peer said what the contract forbids
     ├── Stopped                       asked to stop before there was work to drain; exit status 0
     ├── PeerLost                      a peer is gone, or did not answer by a deadline
+    ├── SequenceGap                   items of a session are missing; send them again
     ├── SessionFenced                 a newer session took over
     ├── LedgerError                   the ledger cannot be trusted to be durable; fatal; exit status 4
     ├── WeightTransferError           a version did not arrive whole; fetch again
@@ -44,6 +45,10 @@ class Stopped(PenstockError):
 
 class PeerLost(PenstockError):
     """A peer is gone, or did not answer by a deadline."""
+
+
+class SequenceGap(PenstockError):
+    """Items of a session were lost on the way, or overtaken: send again from the first unacknowledged."""
 
 
 class SessionFenced(PenstockError):

@@ -14,6 +14,7 @@ from penstock.errors import (
     LedgerError,
     PeerLost,
     ProtocolError,
+    SequenceGap,
     SessionFenced,
     WeightTransferError,
 )
@@ -21,6 +22,7 @@ from penstock.errors import (
 _log = logging.getLogger(__name__)
 
 _STATUS = {
+    SequenceGap: grpc.StatusCode.DATA_LOSS,
     SessionFenced: grpc.StatusCode.ABORTED,
     PeerLost: grpc.StatusCode.FAILED_PRECONDITION,
     ProtocolError: grpc.StatusCode.INVALID_ARGUMENT,

@@ -53,7 +53,7 @@ from learner.coordinator.stragglers import Stragglers
 from learner.coordinator.submissions import Submission
 from learner.coordinator.tasks import TaskOrder, derive_seed
 from learner.coordinator.validation import Limits, Rejected, RejectionCode
-from penstock.errors import FaultKind, ProtocolError
+from penstock.errors import FaultKind, SequenceGap
 from penstock.trajectory import Lease, PolicyVersion, Sampling
 from penstock.waits import WaitSummary
 
@@ -374,7 +374,7 @@ class Scheduler:
     def submit(
         self, session_id: str, sequence: int, submission: Submission | Rejected, now: float
     ) -> Verdict:
-        """Decides on one trajectory. Raises SessionFenced, PeerLost, ProtocolError (a gap)."""
+        """Decides on one trajectory. Raises SessionFenced, PeerLost, SequenceGap."""
         session = self.fleet.require(session_id, now)
         if not self._advance(session, sequence):
             self._journal.record(ItemsRefused(duplicates=1))
@@ -449,11 +449,11 @@ class Scheduler:
         )
 
     def _advance(self, session: Session, sequence: int) -> bool:
-        """Notes an item's number; False if it was decided upon before. Raises ProtocolError."""
+        """Notes an item's number; False if it was decided upon before. Raises SequenceGap."""
         if sequence <= session.last_sequence:
             return False
         if sequence != session.last_sequence + 1:
-            raise ProtocolError(
+            raise SequenceGap(
                 f"item {sequence} follows {session.last_sequence}; send again from {session.last_sequence + 1}"
             )
         session.last_sequence = sequence

@@ -103,7 +103,8 @@ class CoordinatorServiceServicer(object):
         an answer acknowledges a prefix of them, once they are on disk. The actor holds
         an item until it is acknowledged, and sends no more than its credits allow:
         each answer states the credits anew, counted from the acknowledged prefix.
-        After a broken stream the actor sends again from the first unacknowledged item.
+        After a broken stream the actor sends again from the first unacknowledged item. A
+        gap in the numbers breaks the stream with DATA_LOSS.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

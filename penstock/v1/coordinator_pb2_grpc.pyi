@@ -56,7 +56,8 @@ class CoordinatorServiceStub:
     an answer acknowledges a prefix of them, once they are on disk. The actor holds
     an item until it is acknowledged, and sends no more than its credits allow:
     each answer states the credits anew, counted from the acknowledged prefix.
-    After a broken stream the actor sends again from the first unacknowledged item.
+    After a broken stream the actor sends again from the first unacknowledged item. A
+    gap in the numbers breaks the stream with DATA_LOSS.
     """
     Leave: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.LeaveRequest, _coordinator_pb2.LeaveResponse]
     """Ends the session in order; its leases return at once."""
@@ -79,7 +80,8 @@ class CoordinatorServiceAsyncStub(CoordinatorServiceStub):
     an answer acknowledges a prefix of them, once they are on disk. The actor holds
     an item until it is acknowledged, and sends no more than its credits allow:
     each answer states the credits anew, counted from the acknowledged prefix.
-    After a broken stream the actor sends again from the first unacknowledged item.
+    After a broken stream the actor sends again from the first unacknowledged item. A
+    gap in the numbers breaks the stream with DATA_LOSS.
     """
     Leave: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.LeaveRequest, _coordinator_pb2.LeaveResponse]  # type: ignore[assignment]
     """Ends the session in order; its leases return at once."""
@@ -129,7 +131,8 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         an answer acknowledges a prefix of them, once they are on disk. The actor holds
         an item until it is acknowledged, and sends no more than its credits allow:
         each answer states the credits anew, counted from the acknowledged prefix.
-        After a broken stream the actor sends again from the first unacknowledged item.
+        After a broken stream the actor sends again from the first unacknowledged item. A
+        gap in the numbers breaks the stream with DATA_LOSS.
         """
 
     @_abc_1.abstractmethod

@@ -5,7 +5,7 @@ from learner.coordinator.decisions import Batch, Waiting
 from learner.coordinator.groups import LeaseOutcome
 from learner.coordinator.records import BatchTrained, GroupDropped, LeaseEnded, TrajectoryState
 from learner.coordinator.validation import RejectionCode
-from penstock.errors import PeerLost, ProtocolError, SessionFenced
+from penstock.errors import PeerLost, ProtocolError, SequenceGap, SessionFenced
 from penstock.trajectory import PolicyVersion, VersionSpan
 
 from .fakes import Submitter, acquire, join, make_message, make_scheduler, publish, read, start
@@ -158,7 +158,7 @@ def test_a_gap_in_the_sequence_is_refused():
     version = start(scheduler)
     session = join(scheduler)
     message = make_message(acquire(scheduler, session, version, num=1)[0], version)
-    with pytest.raises(ProtocolError, match="send again from 1"):
+    with pytest.raises(SequenceGap, match="send again from 1"):
         scheduler.submit(session, 2, read(message), 0.0)
 
 
