@@ -114,10 +114,11 @@ class Versions:
             metrics = {**metrics, "publish_seconds": time.monotonic() - started}
         self._publisher.deltas_wanted = self._coordinator.publish_version(version, manifest, metrics, trained)
         if metrics:
-            self._record(version, metrics)
+            self._record(version, metrics, trained)
 
-    def _record(self, version: PolicyVersion, metrics: Mapping[str, float]) -> None:
+    def _record(self, version: PolicyVersion, metrics: Mapping[str, float], trained: Sequence[int]) -> None:
         line = {"version": str(version), "step": version.step, "time": time.time(), **metrics}
+        line["groups"] = list(trained)
         with self._metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         _log.info(

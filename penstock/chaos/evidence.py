@@ -9,6 +9,7 @@ The journal has a line for each thing that a trainer did:
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,16 +28,6 @@ class Row:
 
     trajectory_id: str
     group_id: int
-    slot: int
-    state: str
-    oldest_step: int
-    step: int | None
-    lag: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupRow:
-    num_slots: int
     state: str
     step: int | None
 
@@ -45,7 +36,6 @@ class GroupRow:
 class LedgerEvidence:
     rows: Mapping[str, Row] = field(default_factory=dict)
     """By trajectory id."""
-    groups: Mapping[int, GroupRow] = field(default_factory=dict)
     versions: Mapping[PolicyVersion, str] = field(default_factory=dict)
     """Digest of each, in order."""
     tallies: Mapping[str, int] = field(default_factory=dict)
@@ -73,6 +63,8 @@ class Journal:
     steps: dict[int, dict[int, list[str]]] = field(default_factory=dict)
     """Of the surviving lineage: trajectories by group, by step."""
     versions: list[tuple[PolicyVersion, str]] = field(default_factory=list)
+    is_complete: bool = True
+    """Every step that was trained is in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,19 +96,15 @@ def read_ledger(path: Path) -> LedgerEvidence:
     """Raises PenstockError."""
     try:
         db: Any = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
-        rows = db.execute(
-            "SELECT trajectory_id, group_id, slot, state, oldest_step, step, lag FROM trajectories"
-        ).fetchall()
-        groups = db.execute("SELECT group_id, num_slots, state, step FROM groups").fetchall()
+        rows = db.execute("SELECT trajectory_id, group_id, state, step FROM trajectories").fetchall()
         versions = db.execute("SELECT epoch, step, digest FROM versions ORDER BY epoch, step").fetchall()
         tallies = db.execute("SELECT name, value FROM tallies").fetchall()
         sessions = db.execute("SELECT session_id, acknowledged FROM sessions").fetchall()
     except apsw.Error as error:
         raise PenstockError(f"{path}: cannot be read: {error}") from error
-    names = ("trajectory_id", "group_id", "slot", "state", "oldest_step", "step", "lag")
+    names = ("trajectory_id", "group_id", "state", "step")
     return LedgerEvidence(
         rows={row[0]: Row(**dict(zip(names, row, strict=True))) for row in rows},
-        groups={group[0]: GroupRow(num_slots=group[1], state=group[2], step=group[3]) for group in groups},
         versions={PolicyVersion(epoch, step): digest for epoch, step, digest in versions},
         tallies=dict(tallies),
         acknowledged=dict(sessions),
@@ -134,6 +122,22 @@ def read_journal(lines: Iterable[Mapping[str, Any]]) -> Journal:
             journal.steps[step] = {int(group): list(ids) for group, ids in line["groups"].items()}
         else:
             journal.versions.append((PolicyVersion(line["epoch"], step), line["digest"]))
+    return journal
+
+
+def read_metrics(path: Path, ledger: LedgerEvidence) -> Journal:
+    """What the trainer's metrics.jsonl says of which groups it trained on.
+
+    A line is written after its version is published: a crash between leaves a step out.
+    """
+    members: defaultdict[int, list[str]] = defaultdict(list)
+    for row in ledger.rows.values():
+        if row.state == "trained":
+            members[row.group_id].append(row.trajectory_id)
+    journal = Journal(is_complete=False)
+    for line in read_history(path):
+        # A later line of a step is of a later lineage, which made the earlier one void.
+        journal.steps[line["step"] - 1] = {group_id: members[group_id] for group_id in line["groups"]}
     return journal
 
 

@@ -35,6 +35,9 @@ _COMMANDS = {
     "export": _Command("learner.export:main", "write a checkpoint as a Hugging Face folder"),
     "ledger": _Command("penstock.cli.ledger:main", "inspect and verify a run's ledger"),
     "replay": _Command("learner.replay:main", "train again from a run's ledger, and compare every version"),
+    "chaos": _Command(
+        "penstock.chaos.main:main", "kill a run's programs one by one, and verify what comes of it"
+    ),
     "top": _Command("penstock.cli.operations:top", "watch a run"),
     "status": _Command("penstock.cli.operations:status", "print a run's state"),
     "why": _Command("penstock.cli.operations:why", "say what a run is waiting for"),

@@ -14,8 +14,10 @@ import json
 import shlex
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from transformers.utils.logging import disable_progress_bar
 
@@ -56,15 +58,40 @@ class Trained:
     """What the actors that joined generated with."""
 
 
+class Disturbance(Protocol):
+    """Does harm to a run. What it ends it must start again."""
+
+    async def look(self, status: pb.GetStatusResponse | None) -> None:
+        """Called every half second of training. None: the learner does not answer just now."""
+        ...
+
+
 class Quickstart:
-    def __init__(self, config: QuickstartConfig, folder: Path, display: Display, programs: Programs) -> None:
+    """Its programs may be killed and started again while they are watched: see `penstock.chaos`."""
+
+    def __init__(
+        self,
+        config: QuickstartConfig,
+        folder: Path,
+        display: Display,
+        programs: Programs,
+        *,
+        histories: Path | None = None,
+        learner_options: Sequence[str] = (),
+    ) -> None:
+        """histories: a folder in which each actor writes down what it sends and hears."""
         self._config = config
         self._folder = folder
         self._display = display
         self._programs = programs
         self._environment = f"127.0.0.1:{_free_port()}"
         self._learner = f"127.0.0.1:{_free_port()}"
-        self._actors: list[Program] = []
+        self._histories = histories
+        self._learner_options = learner_options
+        self.actors: list[Program] = []
+        self.server: Program | None = None
+        self.learner_program: Program | None = None
+        self.disturbance: Disturbance | None = None
 
     @property
     def policy(self) -> Path:
@@ -85,11 +112,11 @@ class Quickstart:
 
     async def run(self) -> Summary:
         """Raises PenstockError: a program died, or nothing moved for too long."""
-        server = await self._programs.start("environment", self._serve_arguments())
+        self.server = await self.start_environment()
         for _ in range(self._config.actors):
-            await self._start_actor()
+            await self.start_actor()
         warm_started = await self._warm_start()
-        await self._programs.ready(server, "serving", timeout_seconds=_START_SECONDS)
+        await self._programs.ready(self.server, "serving", timeout_seconds=_START_SECONDS)
         trained = await self._train(warm_started)
         with self._display.working("measuring the trained policy"):
             await self._programs.run(
@@ -135,13 +162,13 @@ class Quickstart:
             ),
             encoding="utf-8",
         )
-        learner = await self._programs.start("learner", ["learner", str(path)], may_finish=True)
         with self._display.working("starting the learner"):
-            await self._programs.ready(learner, "learner ready on", timeout_seconds=_START_SECONDS)
+            await self.start_learner()
         async with RunClient(self._learner) as run, task_group() as tasks:
             before = tasks.create_task(self._evaluate_before(warm_started), name="accuracy before")
             status, killed_at, engines = await self._watch(run)
-        await self._programs.finished(learner, timeout_seconds=_LEAVE_SECONDS)
+        assert self.learner_program is not None
+        await self._programs.finished(self.learner_program, timeout_seconds=_LEAVE_SECONDS)
         await self._see_actors_off()
         self._display.say(f"trained {status.ledger.trained:,} trajectories in {status.version.step} steps")
         return Trained(status=status, accuracy_before=before.result(), killed_at=killed_at, engines=engines)
@@ -166,6 +193,8 @@ class Quickstart:
                     if killed_at is None and self._kill_is_due(status):
                         killed_at = time.time()
                         await self._replace_an_actor()
+                if self.disturbance is not None:
+                    await self.disturbance.look(status)
                 progress.check(status)
                 await asyncio.sleep(_POLL_SECONDS)
 
@@ -173,26 +202,39 @@ class Quickstart:
         return self._config.kill_an_actor and status.version.step * 3 >= self._config.steps
 
     async def _replace_an_actor(self) -> None:
-        victim = self._actors[0]
+        victim = self.actors[0]
         victim.kill()
-        successor = await self._start_actor()
+        successor = await self.start_actor()
         self._display.say(f"killed {victim.name} with SIGKILL, and started {successor.name}")
 
-    async def _start_actor(self) -> Program:
-        name = f"actor-{len(self._actors) + 1}"
+    async def start_environment(self, name: str = "environment") -> Program:
+        self.server = await self._programs.start(name, self._serve_arguments())
+        return self.server
+
+    async def start_learner(self, name: str = "learner") -> Program:
+        """Returns once actors may connect. The first start, or a later one of the same run."""
+        arguments = ["learner", str(self._folder / "run.toml"), *self._learner_options]
+        self.learner_program = await self._programs.start(name, arguments, may_finish=True)
+        await self._programs.ready(self.learner_program, "learner ready on", timeout_seconds=_START_SECONDS)
+        return self.learner_program
+
+    async def start_actor(self) -> Program:
+        name = f"actor-{len(self.actors) + 1}"
         arguments = [
             *("actor", "--learner", self._learner, "--name", name, "--num-slots", "64", "--device", "cpu"),
             *("--engine", self._config.engine),
             # It may wait for the learner through the whole warm start.
             *("--connect-seconds", str(_PROGRAM_SECONDS)),
         ]
+        if self._histories is not None:
+            arguments += ["--history", str(self._histories / f"{name}.jsonl")]
         actor = await self._programs.start(name, arguments, may_finish=True, is_client=True)
-        self._actors.append(actor)
+        self.actors.append(actor)
         return actor
 
     async def _see_actors_off(self) -> None:
         """Those that joined have been told to drain; one that was still starting will find nobody to join."""
-        for actor in self._actors:
+        for actor in self.actors:
             if actor.line_after(f"actor {actor.name} joined") is None:
                 actor.dismiss()
             await self._programs.finished(actor, timeout_seconds=_LEAVE_SECONDS)
