@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,12 +30,13 @@ import grpc
 
 from environments.base import Description
 from environments.wire import description_to_wire
-from learner.config import FleetConfig, RunConfig, ScheduleConfig
+from learner.config import FleetConfig, LedgerConfig, RunConfig, ScheduleConfig
+from learner.coordinator.audit import audit
 from penstock import config, rpc
 from penstock.chaos.checker import Findings, check
 from penstock.chaos.evidence import gather
 from penstock.cli.run_client import RunClient
-from penstock.errors import PenstockError
+from penstock.errors import PeerLost, PenstockError
 from penstock.trajectory import Sampling
 from penstock.v1 import environment_pb2_grpc, operator_pb2
 
@@ -48,6 +50,26 @@ QUICK_FLEET = FleetConfig(
     heartbeat_seconds=0.25, suspect_seconds=1.0, dead_seconds=2.0, progress_timeout_seconds=4.0
 )
 """A tenth of the time that is usual, a fifth where more would make a busy machine look dead."""
+
+
+RESTART_FLEET = FleetConfig(
+    heartbeat_seconds=0.25, suspect_seconds=1.0, dead_seconds=5.0, progress_timeout_seconds=20.0
+)
+"""For learners that die: actors have time to join again, and what was granted to nobody is soon free."""
+PATIENT_FLEET = FleetConfig(
+    heartbeat_seconds=0.25, suspect_seconds=100.0, dead_seconds=200.0, progress_timeout_seconds=200.0
+)
+"""For faults that must not cost a lease, on however slow a machine."""
+
+
+class FaultLength(StrEnum):
+    """How much of a fault a test injects."""
+
+    SHORT = "short"
+    LONG = "long"
+
+    def of(self, *, short: int, long: int) -> int:
+        return long if self is FaultLength.LONG else short
 
 
 class Describes(environment_pb2_grpc.EnvironmentServiceServicer):
@@ -125,16 +147,15 @@ class Bench:
         group_size: int = 4,
         max_lag: int = 2,
         fleet: FleetConfig = QUICK_FLEET,
-        within: Sequence[str] = (),
+        keep_payloads: bool = False,
     ) -> None:
-        """within: a command that runs the coordinator's command after it."""
         self.folder = folder
         self.run_dir = folder / "run"
-        self.within = tuple(within)
         self.schedule = ScheduleConfig(
             num_steps=num_steps, groups_per_step=groups_per_step, group_size=group_size, max_lag=max_lag
         )
         self.fleet = fleet
+        self.keep_payloads = keep_payloads
         self.address = ""
         self.coordinator: Process | None = None
         self.trainer: Process | None = None
@@ -169,8 +190,8 @@ class Bench:
         await self.start_coordinator()
         self.start_trainer(step_seconds=step_seconds)
 
-    async def start_coordinator(self, **environ: str) -> Process:
-        """Starts it, or starts it again on the same port."""
+    async def start_coordinator(self, *, within: Sequence[str] = (), **environ: str) -> Process:
+        """Starts it, or starts it again on the same port. `within` is a command that runs the one after it."""
         port = self.address.rpartition(":")[2] or "0"
         settings = RunConfig(
             policy=self.folder / "policy",
@@ -180,10 +201,12 @@ class Bench:
             schedule=self.schedule,
             sampling=Sampling(max_tokens=100_000),
             fleet=self.fleet,
+            # Some tests fill a small disk to its end.
+            ledger=LedgerConfig(keep_payloads=self.keep_payloads, min_free_bytes=1),
         )
         path = self.run_dir / "config.toml"
         path.write_text(config.to_toml(settings))
-        command = [*self.within, sys.executable, "-m", "learner.coordinator", str(path)]
+        command = [*within, sys.executable, "-m", "learner.coordinator", str(path)]
         self.coordinator = self._process("coordinator", command, **environ)
         self.address = await self.coordinator.line("coordinator ready on ")
         return self.coordinator
@@ -244,10 +267,14 @@ class Bench:
         """Waits until the run's status is as wanted."""
         async with RunClient(self.address, timeout_seconds=20.0) as run:
             deadline = time.monotonic() + PATIENCE_SECONDS
-            while not holds(status := await run.status()):
+            status = None
+            while status is None or not holds(status):
                 assert time.monotonic() < deadline, f"waited for {what}; {status}"
                 self._check_tasks()
                 await asyncio.sleep(0.05)
+                # Channels to one address share their backoff, and actors are waiting for the learner too.
+                with contextlib.suppress(PeerLost):
+                    status = await run.status()
 
     async def trained(self) -> None:
         """Waits for the end of the run: the trainer's, then that of actors and coordinator."""
@@ -279,7 +306,10 @@ class Bench:
         """
         histories = sorted((self.folder / "histories").glob("*.jsonl"))
         evidence = gather(self.run_dir, histories, self.folder / "journal.jsonl")
-        findings = check(evidence, max_lag=self.schedule.max_lag)
+        audited = audit(self.run_dir / "ledger.sqlite")
+        assert not audited.violations, "\n".join(map(str, audited.violations))
+        assert audited.totals.max_lag_trained <= self.schedule.max_lag
+        findings = check(evidence)
         assert not findings.violations, "\n".join(map(str, findings.violations))
         assert findings.trained > 0, "the throughput is zero"
         if complete:
@@ -333,7 +363,7 @@ async def refused_with(call: Any) -> grpc.StatusCode:
 
 def _write_policy(folder: Path) -> None:
     """What the coordinator looks at: it never loads the weights."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     config_json = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 1_000_000}
     (folder / "config.json").write_text(json.dumps(config_json))
     (folder / "tokenizer.json").write_text("{}")
