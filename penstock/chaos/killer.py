@@ -103,12 +103,12 @@ class Killer:
                 await quickstart.start_actor()
             case Victim.ENVIRONMENT:
                 assert quickstart.server is not None
-                await _end_tree(quickstart.server.process.pid, quickstart.server.kill)
+                await end_tree(quickstart.server.process.pid, quickstart.server.kill)
                 await quickstart.start_environment(f"environment-{number}")
             case Victim.LEARNER:
                 assert quickstart.learner_program is not None
                 program = quickstart.learner_program
-                await _end_tree(program.process.pid, program.kill)
+                await end_tree(program.process.pid, program.kill)
                 await quickstart.start_learner(f"learner-{number}")
             case Victim.COORDINATOR | Victim.TRAINER:
                 assert quickstart.learner_program is not None
@@ -135,7 +135,7 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-async def _end_tree(pid: int, kill: Callable[[], None]) -> None:
+async def end_tree(pid: int, kill: Callable[[], None]) -> None:
     """Kills a program and all that it started. Raises PenstockError if one of them outlives that."""
     tree = descendants(pid)
     kill()

@@ -21,6 +21,8 @@ from .proxy import Proxy
 from .raw_actor import RawActor, item
 from .scripted_actor import Script, fixed, trajectory_of
 
+FORGETFUL_FLEET = dataclasses.replace(PATIENT_FLEET, suspect_seconds=1.0)
+"""Nobody is declared dead, but a lease that was lost with its answer is soon granted again."""
 SLOW = Script(num_tokens=fixed(20), token_seconds=0.05)
 
 
@@ -104,9 +106,9 @@ async def test_a_dripping_link_only_takes_longer(tmp_path: Path):
 
 
 async def test_connections_that_are_reset_again_and_again_lose_nothing(tmp_path: Path):
-    async with Bench(tmp_path, num_steps=8, fleet=PATIENT_FLEET) as bench:
-        await bench.start(step_seconds=0.2)
-        async with Proxy(bench.address) as proxy, every(0.5, proxy.reset):
+    async with Bench(tmp_path, num_steps=8, fleet=FORGETFUL_FLEET) as bench:
+        await bench.start(step_seconds=0.3)
+        async with Proxy(bench.address) as proxy, every(1.0, proxy.reset):
             await distant(bench, proxy, Script(num_tokens=fixed(20), token_seconds=0.01))
             await bench.trained()
             assert proxy.num_connections > 2
@@ -147,9 +149,7 @@ async def test_a_bit_that_flips_on_the_way_is_found_and_what_it_hit_is_sent_agai
 
 
 async def test_an_acknowledgement_that_is_lost_is_answered_as_a_duplicate(tmp_path: Path):
-    # Leases that were lost on the same way are soon granted again.
-    fleet = dataclasses.replace(PATIENT_FLEET, suspect_seconds=1.0)
-    async with Bench(tmp_path, num_steps=6, fleet=fleet) as bench:
+    async with Bench(tmp_path, num_steps=6, fleet=FORGETFUL_FLEET) as bench:
         await bench.start()
         async with Proxy(bench.address) as proxy:
             await distant(bench, proxy)
