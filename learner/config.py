@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from learner.algorithms.recipe import Recipe
 from learner.training.algorithm_config import AlgorithmConfig
 from learner.training.config import TrainingConfig
 from penstock.errors import ConfigError
@@ -160,7 +161,8 @@ class RunConfig:
                 f"{self.sampling.top_k}; training needs a temperature above 0, top_p 1 and top_k 0, since "
                 "importance ratios hold only where every token could have been sampled"
             )
-        if self.algorithm.recipe().overlong_share and self.truncation_reward is None:
+        recipe = self.algorithm.recipe()
+        if isinstance(recipe, Recipe) and recipe.overlong_share and self.truncation_reward is None:
             raise ConfigError(
                 f"algorithm.preset {self.algorithm.preset} lowers the rewards of overlong answers, but "
                 "truncation_reward is unset, so that answers cut at sampling.max_tokens are never trained on; "

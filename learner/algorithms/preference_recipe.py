@@ -33,3 +33,17 @@ class PreferenceRecipe:
     @property
     def has_reference(self) -> bool:
         return self.loss not in WITHOUT_REFERENCE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnlineRecipe:
+    """Preference optimisation on pairs from groups."""
+
+    preference: PreferenceRecipe
+    updates_per_step: int = 1
+    dynamic_sampling: bool = True
+    max_refills: int = 10
+
+    @property
+    def has_reference(self) -> bool:
+        return self.preference.has_reference

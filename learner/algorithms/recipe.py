@@ -16,6 +16,8 @@ class Preset(StrEnum):
     REINFORCE_PLUS_PLUS = "reinforce_plus_plus"
     DECOUPLED_PPO = "decoupled_ppo"
     DPPO_TV = "dppo_tv"
+    ONLINE_DPO = "online_dpo"
+    """Pairs from groups: preference_recipe.py has its settings."""
 
 
 class Advantage(StrEnum):

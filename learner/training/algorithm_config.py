@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from learner.algorithms.preference_recipe import OnlineRecipe, PreferenceLoss
 from learner.algorithms.recipe import (
     BOUNDED_ABOVE,
     BOUNDED_BELOW,
@@ -27,6 +28,7 @@ from learner.algorithms.recipe import (
     Proximal,
     Recipe,
 )
+from learner.training.preference_config import preference_recipe
 from penstock.errors import ConfigError
 
 
@@ -66,12 +68,48 @@ class AlgorithmConfig:
     max_refills: int | None = None
     """Steps' worth of groups that may be dropped for one step; after that, groups are trained as they are."""
 
+    loss: PreferenceLoss | None = None
+    """online_dpo: the loss of a pair."""
+    beta: float | None = None
+    """online_dpo: how far the policy may leave the one that the run started from."""
+    label_smoothing: float | None = None
+    """online_dpo with cdpo or robust: the share of pairs with the wrong answer chosen."""
+    margin: float | None = None
+    """online_dpo with simpo: by how much the chosen answer is to be better."""
+
     def __post_init__(self) -> None:
         self.recipe()
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> Recipe | OnlineRecipe:
         """The preset with the overrides. Raises ConfigError."""
         overrides: dict[str, Any] = {name: value for name, value in _set_fields(self) if name != "preset"}
+        allowed = _ONLINE if self.preset is Preset.ONLINE_DPO else _POLICY_GRADIENT
+        for name in overrides:
+            if name not in allowed:
+                raise ConfigError(f"algorithm.{name} has no effect on preset {self.preset}; leave it out")
+        return self._online() if self.preset is Preset.ONLINE_DPO else self._policy_gradient(overrides)
+
+    def _online(self) -> OnlineRecipe:
+        preference = preference_recipe(
+            self.loss or PreferenceLoss.SIGMOID,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            margin=self.margin,
+            prefix="algorithm.",
+        )
+        dynamic_sampling = self.dynamic_sampling is not False
+        if self.max_refills is not None and not dynamic_sampling:
+            raise ConfigError("algorithm.max_refills has no effect: dynamic_sampling is off; leave it out")
+        recipe = OnlineRecipe(
+            preference=preference,
+            updates_per_step=1 if self.updates_per_step is None else self.updates_per_step,
+            dynamic_sampling=dynamic_sampling,
+            max_refills=10 if self.max_refills is None else self.max_refills,
+        )
+        _check_least(recipe, ("updates_per_step", "max_refills"))
+        return recipe
+
+    def _policy_gradient(self, overrides: dict[str, Any]) -> Recipe:
         recipe = dataclasses.replace(PRESETS[self.preset], **overrides)
         for name, reason in _unused(recipe):
             if name in overrides:
@@ -138,13 +176,25 @@ _AT_LEAST: dict[str, float] = {
 }
 
 
+_ONLINE = frozenset(
+    ("updates_per_step", "dynamic_sampling", "max_refills", "loss", "beta", "label_smoothing", "margin")
+)
+_POLICY_GRADIENT = frozenset(field.name for field in dataclasses.fields(Recipe))
+
+
+def _check_least(recipe: Recipe | OnlineRecipe, names: tuple[str, ...]) -> None:
+    for name in names:
+        if getattr(recipe, name) < _AT_LEAST[name]:
+            raise ConfigError(
+                f"algorithm.{name} is {getattr(recipe, name)}; expected at least {_AT_LEAST[name]}"
+            )
+
+
 def _check(recipe: Recipe) -> None:
     for name, (low, high) in _RANGES.items():
         if not low <= getattr(recipe, name) <= high:
             raise ConfigError(f"algorithm.{name} is {getattr(recipe, name)}; expected {low} to {high}")
-    for name, least in _AT_LEAST.items():
-        if getattr(recipe, name) < least:
-            raise ConfigError(f"algorithm.{name} is {getattr(recipe, name)}; expected at least {least}")
+    _check_least(recipe, tuple(_AT_LEAST))
     if recipe.correction in WEIGHTS and recipe.proximal is Proximal.BEHAVIOUR:
         raise ConfigError(
             f"algorithm.correction is {recipe.correction}, but proximal is behaviour: the ratio to the policy that "

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import torch
 
+from learner.algorithms.preference_recipe import OnlineRecipe
 from learner.config import RunConfig
 from learner.training.checkpoint import Checkpoints
 from learner.training.coordinator import Coordinator, GrpcCoordinator, Lineage
 from learner.training.loop import CheckpointLog, Position, Skips, Training, Versions
 from learner.training.model import load_policy
+from learner.training.online_dpo import OnlineDpo
 from learner.training.optimizer import learning_rate, make_optimizer
 from learner.training.orders import Orders, StopFlag
 from learner.training.parallel import Ranks, open_ranks, place
@@ -119,13 +121,11 @@ def make_updater(config: RunConfig, ranks: Ranks) -> Updater:
 def make_algorithm(config: RunConfig, updater: Updater) -> Algorithm:
     """What the run's `[algorithm]` says. Call it before a checkpoint is loaded: a reference is the initial policy."""
     recipe = config.algorithm.recipe()
-    return PolicyGradient(
-        updater,
-        recipe,
-        max_tokens=config.sampling.max_tokens,
-        seed=config.seed,
-        reference=Reference(updater) if recipe.has_reference else None,
-    )
+    reference = Reference(updater) if recipe.has_reference else None
+    if isinstance(recipe, OnlineRecipe):
+        return OnlineDpo(updater, recipe, seed=config.seed, reference=reference)
+    max_tokens = config.sampling.max_tokens
+    return PolicyGradient(updater, recipe, max_tokens=max_tokens, seed=config.seed, reference=reference)
 
 
 def _open_sink(lineage: Lineage, stack: ExitStack) -> WeightSink:
