@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 from environments.base import Description, Message, StepResult
 from penstock.trajectory import Reward, Task
@@ -46,3 +47,16 @@ class Faulty(Letters):
         if self._how == "nan":
             return StepResult(done=True, reward=Reward.valid(float("nan")))
         return StepResult(done=True)  # no reward at all
+
+
+class Gated(Letters):
+    """Gives no score until a file exists."""
+
+    def __init__(self, gate: str) -> None:
+        super().__init__(name="gated")
+        self._gate = Path(gate)
+
+    def score(self, task: Task, action: str) -> StepResult:
+        while not self._gate.exists():
+            time.sleep(0.05)
+        return super().score(task, action)
