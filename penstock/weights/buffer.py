@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 from numpy.typing import NDArray
 
 from penstock.weights.manifest import Blob, verify_chunk
+
+_MANY = 16
+"""Chunks that are worth a thread."""
+_MAX_THREADS = 4
 
 
 class ChunkBuffer:
@@ -48,18 +56,42 @@ class ChunkBuffer:
     def missing(self) -> list[int]:
         return [index for index, present in enumerate(self._present) if not present]
 
-    def put(self, index: int, data: NDArray[np.uint8]) -> None:
-        """Copies a chunk in, then verifies the copy."""
+    def put(self, index: int, data: NDArray[np.uint8]) -> bool:
+        """Copies a chunk in, then verifies the copy. Returns whether it is that chunk."""
         assert self._blob is not None
         where = self._blob.chunk(index)
         if data.size == where.stop - where.start:
             self._data[where] = data
-            self.verify(index)
+            self.verify((index,))
+        return self._present[index]
 
-    def verify(self, index: int) -> None:
-        """Notes whether what lies in a chunk's place is that chunk."""
+    def invalidate(self, start: int, end: int) -> range:
+        """Counts the chunks that reach into some bytes as missing, which are about to be overwritten.
+
+        Returns those that end there too, and with `end` at the blob's end all that do.
+        """
         assert self._blob is not None
-        self._present[index] = verify_chunk(self._blob, index, self._data[self._blob.chunk(index)])
+        size = self._blob.chunk_bytes
+        last = -(-end // size)
+        self._present[start // size : last] = [False] * (last - start // size)
+        return range(start // size, last if end == self._blob.num_bytes else end // size)
+
+    def verify(self, indices: Sequence[int]) -> None:
+        """Notes of each chunk whether what lies in its place is that chunk."""
+        blob = self._blob
+        assert blob is not None
+
+        def holds(index: int) -> bool:
+            return verify_chunk(blob, index, self._data[blob.chunk(index)])
+
+        if len(indices) < _MANY:
+            results = [holds(index) for index in indices]
+        else:
+            # BLAKE3 runs without the interpreter's lock.
+            with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
+                results = list(threads.map(holds, indices, chunksize=_MANY))
+        for index, result in zip(indices, results, strict=True):
+            self._present[index] = result
 
     def _chunks_by_digest(self) -> dict[bytes, NDArray[np.uint8]]:
         if self._blob is None:

@@ -4,12 +4,15 @@ Two ways lead there: deltas from the version that is held, or the learner's snap
 deltas after it. The one of fewer bytes is taken. What a transfer that broke has brought stays
 for the next attempt, also when that is for a newer version: chunks are known by their digests.
 Nothing is believed: the deltas' chunks are verified, and so is every chunk that they make.
+Applying goes on while bytes arrive: delta by delta, or block by block of the snapshot.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -129,13 +132,17 @@ class CatchingUp:
         missing_bytes = sum(_size(manifest, index) for index in staging.missing())
         if way is None or (way.snapshot is None and way.num_bytes > missing_bytes):
             return
-        base = newest
-        if way.snapshot is not None:
-            base = self._snapshot
-            self._fetch(receiver, medium, way.snapshot, base, patience)
         chain = Chain.of(way.deltas)
-        self._fetch(receiver, medium, chain, self._chain, patience)
-        _apply(chain.parts(self._chain.packed), base, staging, patience)
+        with contextlib.closing(_arrivals(receiver, medium, chain, self._chain, patience)) as arrivals:
+            if way.snapshot is None:
+                _advance_by_delta(chain, arrivals, self._chain, newest, staging, patience)
+            else:
+                collections.deque(arrivals, maxlen=0)  # all of them, before the snapshot
+        if way.snapshot is not None:
+            deltas = chain.parts(self._chain.packed)
+            snapshot = _arrivals(receiver, medium, way.snapshot, self._snapshot, patience)
+            with contextlib.closing(snapshot) as arrivals:
+                _advance_by_block(deltas, arrivals, self._snapshot, staging, patience)
         self._snapshot = ChunkBuffer()
         if staging.missing():
             _log.warning(
@@ -143,40 +150,86 @@ class CatchingUp:
                 manifest.version, len(staging.missing()),
             )  # fmt: skip
 
-    def _fetch(
-        self, receiver: WeightReceiver, medium: Medium, blob: Blob, into: ChunkBuffer, patience: Patience
-    ) -> None:
-        into.prepare(blob)
-        for index, data in receiver.chunks(blob, medium, into.missing(), patience):
-            into.put(index, data)
-        if into.missing():
-            raise WeightTransferError(
-                f"{len(into.missing())} chunks on the way to version {blob.version} arrived with another digest"
-            )
+
+def _arrivals(
+    receiver: WeightReceiver, medium: Medium, blob: Blob, into: ChunkBuffer, patience: Patience
+) -> Generator[int, None, None]:
+    """Fetches what is missing of a blob. Yields up to which byte it is here, whenever a chunk has come.
+
+    What the caller does meanwhile costs no time while the credits keep the line busy.
+    """
+    into.prepare(blob)
+    missing = into.missing()
+    yield _start(blob, missing)
+    here = set[int]()
+    first = 0
+    with contextlib.closing(receiver.chunks(blob, medium, missing, patience)) as chunks:
+        for index, data in chunks if missing else ():
+            if into.put(index, data):
+                here.add(index)
+            while first < len(missing) and missing[first] in here:
+                first += 1
+            yield _start(blob, missing[first : first + 1])
+    if into.missing():
+        raise WeightTransferError(
+            f"{len(into.missing())} chunks on the way to version {blob.version} arrived with another digest"
+        )
 
 
-def _apply(
-    deltas: Iterator[NDArray[np.uint8]], base: ChunkBuffer, staging: ChunkBuffer, patience: Patience
+def _start(blob: Blob, missing: Sequence[int]) -> int:
+    """Where the first missing chunk starts."""
+    return int(blob.chunk(missing[0]).start) if missing else blob.num_bytes
+
+
+def _advance_by_delta(
+    chain: Chain,
+    arrivals: Iterator[int],
+    arrived: ChunkBuffer,
+    base: ChunkBuffer,
+    staging: ChunkBuffer,
+    patience: Patience,
 ) -> None:
-    """Copies the base block by block, applies every delta to a block while it is in the cache, and verifies it."""
-    from penstock.weights import delta as codec
+    """Applies each delta to the whole version while the following ones arrive."""
+    from penstock.weights.delta import AppliedDelta, FrameDecoder
 
-    manifest = staging.blob
-    assert manifest is not None
-    applied = [codec.AppliedDelta(data, manifest.num_bytes) for data in deltas]
-    missing = staging.missing()
-    decoder = codec.FrameDecoder()
-    target, source = staging.packed, base.packed
-    done = 0
-    for start in range(0, manifest.num_bytes, codec.FRAME_BYTES):
-        patience.check(f"deltas to make version {manifest.version}")
-        end = min(start + codec.FRAME_BYTES, manifest.num_bytes)
-        target[start:end] = source[start:end]
-        for each in applied:
-            each.apply(decoder, target, end)
-        while done < len(missing) and manifest.chunk(missing[done]).stop <= end:
-            staging.verify(missing[done])
-            done += 1
+    target, decoder, applied = staging.packed, FrameDecoder(), 0
+    parts: list[NDArray[np.uint8]] = []
+    for here in arrivals:
+        ends = (start + delta.num_bytes for start, delta in zip(chain.starts, chain.deltas, strict=True))
+        complete = sum(end <= here for end in ends)
+        if complete and not applied:
+            parts = list(chain.parts(arrived.packed))
+            staging.invalidate(0, target.size)
+            target[:] = base.packed
+        for part in parts[applied:complete]:
+            patience.check("deltas to be applied")
+            AppliedDelta(part, target.size).apply(decoder, target, target.size)
+        applied = complete
+    staging.verify(staging.missing())
+
+
+def _advance_by_block(
+    deltas: Iterator[NDArray[np.uint8]],
+    arrivals: Iterator[int],
+    base: ChunkBuffer,
+    staging: ChunkBuffer,
+    patience: Patience,
+) -> None:
+    """Applies all deltas to each block of the base as soon as it has arrived, and verifies it in the cache."""
+    from penstock.weights.delta import FRAME_BYTES, AppliedDelta, FrameDecoder
+
+    target, decoder, done = staging.packed, FrameDecoder(), 0
+    applied = [AppliedDelta(data, target.size) for data in deltas]
+    for here in arrivals:
+        while done < target.size and min(done + FRAME_BYTES, target.size) <= here:
+            patience.check("deltas to be applied")
+            end = min(done + FRAME_BYTES, target.size)
+            made = staging.invalidate(done, end)
+            target[done:end] = base.packed[done:end]
+            for each in applied:
+                each.apply(decoder, target, end)
+            staging.verify(made)
+            done = end
 
 
 def _size(blob: Blob, index: int) -> int:

@@ -94,8 +94,9 @@ class WeightFetcher:
                 continue
             try:
                 if not isinstance(medium, SharedMemoryMedium):
-                    self._take_deltas(receiver, medium, staging, patience)
-                _fetch_over(receiver, medium, manifest, staging, patience)
+                    self._take_deltas(receiver, medium, manifest, staging, patience)
+                if staging.missing():
+                    _fetch_over(receiver, medium, manifest, staging, patience)
             except WeightTransferError as error:
                 patience.check(f"version {manifest.version}")
                 failures.append(f"{type(medium).__name__}: {error}")
@@ -107,7 +108,12 @@ class WeightFetcher:
             )
 
     def _take_deltas(
-        self, receiver: WeightReceiver, medium: Medium, staging: ChunkBuffer, patience: Patience
+        self,
+        receiver: WeightReceiver,
+        medium: Medium,
+        manifest: Manifest,
+        staging: ChunkBuffer,
+        patience: Patience,
     ) -> None:
         """Makes what deltas make of the version that is held. What they do not make stays missing."""
         try:
@@ -115,6 +121,7 @@ class WeightFetcher:
         except WeightTransferError as error:
             patience.check("deltas")
             _log.warning("no deltas: %s; fetching the version whole", error)
+            staging.prepare(manifest, self._newest)
 
 
 def _fetch_over(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,7 +44,7 @@ class WeightReceiver(Protocol):
 
     def chunks(
         self, blob: Blob, medium: Medium, indices: Sequence[int], patience: Patience
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         """Brings each of `indices` once, in any order, or raises WeightTransferError.
 
         What it brings is to be verified by the caller, who may ask again.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ class SharedMemoryReceiver:
 
     def chunks(
         self, blob: Blob, medium: Medium, indices: Sequence[int], patience: Patience
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         assert isinstance(medium, SharedMemoryMedium)
         segment = self._map(medium, blob.num_bytes)
         payload = segment.payload

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -200,7 +200,7 @@ class ZeromqReceiver:
 
     def chunks(
         self, blob: Blob, medium: Medium, indices: Sequence[int], patience: Patience
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         assert isinstance(medium, ZeromqMedium)
         socket = _dealer(self._context, medium.endpoint)
         try:
@@ -218,7 +218,7 @@ class ZeromqReceiver:
         medium: ZeromqMedium,
         indices: Sequence[int],
         patience: Patience,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         requests = _Requests(socket, blob, indices)
         waiting_for = f"{medium.endpoint} to send version {blob.version}"
         progress = resent = time.monotonic()
