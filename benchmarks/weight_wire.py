@@ -43,7 +43,7 @@ from penstock.weights.version_log import VersionLog
 LEARNER, ACTOR = "10.211.0.1", "10.211.0.2"
 RAW_PORT = 7099
 NUM_LATE = 20
-NUM_DENSE = 5
+NUM_DENSE = 7
 SECONDS = 120.0
 
 Words = NDArray[np.uint16]
@@ -126,7 +126,7 @@ class Actor:
         """Seconds until the newest version is here."""
         fetcher = WeightFetcher([ZeromqReceiver()])
         if holds is not None:
-            for name in ("dense-4", holds):
+            for name in ("dense-0", holds):
                 self._fetch(fetcher, name)
         taken = self._fetch(fetcher, "late")
         fetcher.close()
