@@ -29,7 +29,7 @@ from actors.session import Session, translate
 from actors.uplink import Uplink
 from penstock.codec import checksum, lease_from_wire, partial_to_wire, trajectory_item, version_to_wire
 from penstock.errors import EngineFault, EnvironmentFault, FaultKind, NoProgress, PeerLost, PenstockError
-from penstock.rpc import to_duration
+from penstock.rpc import MAX_MESSAGE_BYTES, to_duration
 from penstock.signals import Stop
 from penstock.tasks import task_group, unless_stopped
 from penstock.trajectory import Lease
@@ -48,6 +48,8 @@ LOOP_SECONDS = 120.0
 DRAIN_LIMIT_SECONDS = 60.0
 """Of a drain that should take less than ten."""
 MAX_WAITS_TOLD = 8
+MAX_ITEM_BYTES = MAX_MESSAGE_BYTES - 64 * 1024
+"""Beside it, a message holds a session's id and little else."""
 
 
 @dataclass(slots=True)
@@ -56,6 +58,17 @@ class _Running:
     progress: Progress
     task: asyncio.Task[None]
     revoked: bool = False
+
+
+def _checked(item: pb.SubmitItem) -> pb.SubmitItem:
+    """An item that fits into a message. Raises EnvironmentFault."""
+    if item.ByteSize() > MAX_ITEM_BYTES:
+        raise EnvironmentFault(
+            f"the trajectory has {item.ByteSize()} bytes; a message holds {MAX_ITEM_BYTES}: lower max_tokens, or "
+            "have the environment write less",
+            kind=FaultKind.DATA,
+        )
+    return item
 
 
 class Standstill:
@@ -226,7 +239,7 @@ class Actor:
             if lease.rival:
                 session_id += f".{lease.attempt}"
             trajectory = await player.play(lease, session_id, progress)
-            item = trajectory_item(trajectory)
+            item = _checked(trajectory_item(trajectory))
             self.counts["finished"] += 1
         except asyncio.CancelledError:
             running = self._running[lease.lease_id]
@@ -234,9 +247,10 @@ class Actor:
                 raise
             item.release.CopyFrom(self._release(lease, pb.RELEASE_REASON_DRAINING, "the actor drains"))
             if progress.partial is not None and not running.revoked:
-                self.counts["handed_over"] += 1
-                item.release.partial = partial_to_wire(progress.partial).SerializeToString()
-                item.checksum = checksum(item.release.partial)
+                payload = partial_to_wire(progress.partial).SerializeToString()
+                if len(payload) < MAX_ITEM_BYTES:
+                    self.counts["handed_over"] += 1
+                    item.release.partial, item.checksum = payload, checksum(payload)
         except EnvironmentFault as fault:
             is_data = fault.kind is FaultKind.DATA
             reason = pb.RELEASE_REASON_DATA if is_data else pb.RELEASE_REASON_INFRASTRUCTURE

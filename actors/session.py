@@ -144,6 +144,8 @@ class Session:
                 answer: pb.JoinResponse = await self.stub.Join(self._join_request(), timeout=CALL_SECONDS)
             except grpc.aio.AioRpcError as error:
                 problem = translate(error)
+                if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                    problem = PeerLost(error.details() or "the learner takes no more actors now")
                 if not isinstance(problem, PeerLost):
                     raise problem from error
                 await self._wait_for_learner(deadline, patience, problem)

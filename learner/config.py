@@ -72,6 +72,8 @@ class FleetConfig:
     """What becomes of a late group. repair: its missing slots are leased again elsewhere, and the
     first results win; partial: it is trained with what it has, if that is two or more, else
     repaired; drop: it is dropped and counted."""
+    max_actors: int = 4096
+    """Connected at once, and how many may join in one rush; after that 100 a second. Others wait."""
     infrastructure_budget: int = 5
     """Infrastructure faults after which a slot is given up."""
     data_budget: int = 2
@@ -103,7 +105,13 @@ class FleetConfig:
         ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"fleet.{name} is {getattr(self, name)}; expected more than 0")
-        for name in ("infrastructure_budget", "data_budget", "credit_trajectories", "credit_bytes"):
+        for name in (
+            "max_actors",
+            "infrastructure_budget",
+            "data_budget",
+            "credit_trajectories",
+            "credit_bytes",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"fleet.{name} is {getattr(self, name)}; expected at least 1")
 

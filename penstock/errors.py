@@ -6,6 +6,7 @@
     ├── Stopped                       asked to stop before there was work to drain; exit status 0
     ├── PeerLost                      a peer is gone, or did not answer by a deadline
     ├── SequenceGap                   items of a session are missing; send them again
+    ├── FleetFull                     no room for another actor now; try again
     ├── SessionFenced                 a newer session took over
     ├── LedgerError                   the ledger cannot be trusted to be durable; fatal; exit status 4
     ├── WeightTransferError           a version did not arrive whole; fetch again
@@ -49,6 +50,10 @@ class PeerLost(PenstockError):
 
 class SequenceGap(PenstockError):
     """Items of a session were lost on the way, or overtaken: send again from the first unacknowledged."""
+
+
+class FleetFull(PenstockError):
+    """The learner takes no more actors now. There may be room later."""
 
 
 class SessionFenced(PenstockError):

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from learner.config import FleetConfig
-from penstock.errors import PeerLost, SessionFenced
+from penstock.errors import FleetFull, PeerLost, SessionFenced
 from penstock.trajectory import PolicyVersion
 from penstock.waits import WaitSummary
+
+JOINS_PER_SECOND = 100
 
 
 class ActorState(StrEnum):
@@ -68,6 +70,8 @@ class Fleet:
         self._config = config
         self._live: dict[str, Session] = {}
         self._fenced: dict[str, str] = {}
+        self._joins_left = float(config.max_actors)
+        self._joined_at: float | None = None
 
     @property
     def dead_seconds(self) -> float:
@@ -88,6 +92,17 @@ class Fleet:
 
     def find(self, session_id: str) -> Session | None:
         return self._live.get(session_id)
+
+    def admit(self, actor_id: str, now: float) -> None:
+        """Bounds sessions, and how fast new ones come: each is written to the ledger. Raises FleetFull."""
+        most = self._config.max_actors
+        earned = 0.0 if self._joined_at is None else (now - self._joined_at) * JOINS_PER_SECOND
+        self._joins_left, self._joined_at = min(self._joins_left + earned, float(most)), now
+        if len(self._live) >= most and self.of_actor(actor_id) is None:
+            raise FleetFull(f"{most} actors are connected; raise fleet.max_actors, or wait until one leaves")
+        if self._joins_left < 1.0:
+            raise FleetFull(f"more than {JOINS_PER_SECOND} actors a second join; wait for a turn")
+        self._joins_left -= 1.0
 
     def join(self, session_id: str, number: int, info: ActorInfo, now: float) -> Session:
         session = Session(session_id=session_id, number=number, info=info, heard_at=now)

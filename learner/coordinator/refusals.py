@@ -11,6 +11,7 @@ import grpc
 
 from penstock.errors import (
     ConfigError,
+    FleetFull,
     LedgerError,
     PeerLost,
     ProtocolError,
@@ -24,6 +25,7 @@ _log = logging.getLogger(__name__)
 _STATUS = {
     SequenceGap: grpc.StatusCode.DATA_LOSS,
     SessionFenced: grpc.StatusCode.ABORTED,
+    FleetFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     PeerLost: grpc.StatusCode.FAILED_PRECONDITION,
     ProtocolError: grpc.StatusCode.INVALID_ARGUMENT,
     ConfigError: grpc.StatusCode.INVALID_ARGUMENT,

@@ -159,7 +159,8 @@ class Scheduler:
     # -- sessions -----------------------------------------------------------------------
 
     def join(self, session_id: str, info: ActorInfo, held: Sequence[str], now: float) -> Session:
-        """Opens a session; an older one of the same actor is fenced."""
+        """Opens a session; an older one of the same actor is fenced. Raises FleetFull."""
+        self.fleet.admit(info.actor_id, now)
         older = self.fleet.of_actor(info.actor_id)
         self._num_sessions += 1
         session = self.fleet.join(session_id, self._num_sessions, info, now)
