@@ -221,15 +221,23 @@ class Ledger:
                 "SELECT payload, checksum FROM payloads WHERE trajectory_id = ?", (trajectory_id,)
             )
             if not rows:
-                raise LedgerError(f"trajectory {trajectory_id} is to be trained, but its payload is gone")
+                raise self._fatal(
+                    f"{self.path}: trajectory {trajectory_id} is to be trained, but its payload was deleted, since "
+                    "every checkpoint covered it. Bring a newer checkpoint back, or start a new run from this one"
+                )
             payload, stored = rows[0]
             if tables.signed(checksum(payload)) != stored:
-                raise LedgerError(
+                raise self._fatal(
                     f"{self.path}: the payload of trajectory {trajectory_id} is not what was written: its checksum "
                     "differs from its actor's. It was changed on the disk, and must not be trained on"
                 )
             payloads.append(payload)
         return payloads
+
+    def newest_checkpoint(self) -> int:
+        """The step of the newest checkpoint that was recorded; 0 if there is none."""
+        step: int = self._row("SELECT coalesce(max(step), 0) FROM checkpoints")[0]
+        return step
 
     def partial(self, group_id: int, slot: int) -> tuple[bytes, int] | None:
         """What was handed over of an open group's slot, and its checksum."""
@@ -308,7 +316,15 @@ class Ledger:
         try:
             return self._reader.execute(sql, parameters).fetchall()
         except apsw.Error as error:
-            raise LedgerError(f"{self.path}: cannot be read: {database.explain(error)}") from error
+            raise self._fatal(f"{self.path}: cannot be read: {database.explain(error)}") from error
+
+    def _fatal(self, message: str) -> LedgerError:
+        """Ends the ledger's life, and the process's: what it would give out cannot be trusted."""
+        if self._failed is None:
+            self._failed = LedgerError(message)
+            _log.critical("%s", self._failed)
+            self._on_fatal(self._failed)
+        return self._failed
 
     def _row(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
         return self._rows(sql, parameters)[0]
@@ -343,12 +359,9 @@ class Ledger:
             with self._db:
                 tables.apply(self._db, (record for write in batch for record in write.records))
         except (apsw.Error, OSError) as error:
-            self._failed = LedgerError(
+            return self._fatal(
                 f"{self.path}: a commit failed, nothing more is acknowledged: {database.explain(error)}"
             )
-            _log.critical("%s", self._failed)
-            self._on_fatal(self._failed)
-            return self._failed
         return None
 
 

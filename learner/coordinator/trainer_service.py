@@ -46,6 +46,13 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
     ) -> pb.OpenLineageResponse:
         async with refusals(context):
             await self._coordinator.commit()
+            recorded = self._coordinator.ledger.newest_checkpoint()
+            if request.step < recorded:
+                self._scheduler.note_event(
+                    "fallback",
+                    f"the trainer starts from step {request.step}, although a checkpoint of step {recorded} was "
+                    "written: it is damaged or gone, as the trainer's log says",
+                )
             reopened = self._coordinator.ledger.groups_trained_from(request.step)
             epoch = self._scheduler.lineage.open(request.step, reopened)
             self._publications.withdraw()

@@ -158,7 +158,7 @@ def test_payloads_are_deleted_once_every_kept_checkpoint_covers_them(path: Path)
     for step in (1, 3):
         checkpoint = CheckpointWritten(version=PolicyVersion(1, step), path="p", digest="d", keep=2)
         ledger.write_blocking([checkpoint])
-    with pytest.raises(LedgerError, match="payload is gone"):
+    with pytest.raises(LedgerError, match="payload was deleted"):
         ledger.payloads([stored(0, 0).trajectory_id])
     assert ledger.payloads([stored(1, 0).trajectory_id]) == [b"tokens"]
     ledger.close()
@@ -205,13 +205,17 @@ def test_events_are_read_after_a_cursor(path: Path):
 
 
 def test_a_payload_that_the_disk_changed_is_not_handed_out(path: Path):
-    ledger = Ledger(path)
+    fatal: list[LedgerError] = []
+    ledger = Ledger(path, on_fatal=fatal.append)
     ledger.write_blocking([*group(0), stored(0, 0), stored(0, 1)])
     bad_disk = apsw.Connection(str(path))
     bad_disk.execute("UPDATE payloads SET payload = ? WHERE trajectory_id = ?", (b"tokenz", stored(0, 1)[0]))
     assert ledger.payloads([stored(0, 0).trajectory_id]) == [b"tokens"]
     with pytest.raises(LedgerError, match="must not be trained on"):
         ledger.payloads([stored(0, 1).trajectory_id])
+    assert len(fatal) == 1, "the process must end"
+    with pytest.raises(LedgerError):
+        ledger.write_blocking([*group(1)])
     ledger.close()
 
 
