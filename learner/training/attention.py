@@ -23,6 +23,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from learner.training.causal import causal_attention, hidden_from
+from learner.training.context import ContextGroup
 
 PACKED = "penstock_packed"
 
@@ -56,9 +57,13 @@ class Bucket:
 class RowLayout:
     """Where a row's sequences begin and end. Lengths must not increase."""
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self, lengths: Sequence[int], device: torch.device, context: ContextGroup | None = None
+    ) -> None:
         self.lengths = tuple(lengths)
         self.device = device
+        self.context = context
+        """Who holds the row's other tokens; None where this rank holds all."""
         self.max_length = self.lengths[0]
 
     @cached_property
@@ -126,12 +131,26 @@ def packed_attention(
     _refuse_unsupported(row_layout, attention_mask, kwargs)
     assert row_layout is not None
     query_THD, key_TKD, value_TKD = (states[0].transpose(0, 1) for states in (query, key, value))
+    if row_layout.context is not None:
+        query_THD, key_TKD, value_TKD = _take_heads(row_layout.context, query_THD, key_TKD, value_TKD)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         out = _varlen(query_THD, key_TKD, value_TKD, row_layout, scale, sliding_window)
     else:
         out = _bucketed(query_THD, key_TKD, value_TKD, row_layout, scale, sliding_window)
+    if row_layout.context is not None:
+        out = row_layout.context.heads_for_tokens(out)
     return out.unsqueeze(0), None
+
+
+def _take_heads(
+    context: ContextGroup, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """From some tokens of all heads to all tokens of some heads."""
+    if key.shape[1] % context.size:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    return tuple(context.tokens_for_heads(states) for states in (query, key, value))
 
 
 def _refuse_unsupported(layout: RowLayout | None, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +34,13 @@ from torch.distributed.tensor import DTensor
 from learner.training.parallel import Ranks, local
 from learner.training.publish import published_tensors
 from learner.training.updater import Updater
-from penstock.errors import ConfigError
+from penstock.errors import ConfigError, PenstockError
 
 _log = logging.getLogger(__name__)
 
 FORMAT = 1
+WRITE_SECONDS = 1800.0
+"""A shard that takes longer to write has a dead disk under it."""
 POLICY = "policy/"
 _OPTIMIZER = "optimizer/"
 _RNG = "rng/"
@@ -59,6 +62,25 @@ class Checkpoint:
     """BLAKE3-256 of its manifest, in hexadecimal."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pending:
+    """A checkpoint whose shard a thread writes."""
+
+    step: int
+    digest: Future[bytes]
+
+    def result(self) -> bytes:
+        """The shard's digest, once it is on disk. Raises PenstockError."""
+        try:
+            return self.digest.result(timeout=WRITE_SECONDS)
+        except (OSError, SafetensorError, TimeoutError) as error:
+            reason = f"not within {WRITE_SECONDS:.0f} s" if isinstance(error, TimeoutError) else str(error)
+            raise PenstockError(
+                f"the checkpoint of step {self.step} could not be written: {reason}; the ones before it are "
+                "whole: free some disk, or mend it, and start again"
+            ) from error
+
+
 class Checkpoints:
     """The checkpoints of one run. Every rank calls the same methods in the same order."""
 
@@ -66,19 +88,40 @@ class Checkpoints:
         self._folder = folder
         self._updater = updater
         self._keep = keep
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: _Pending | None = None
 
     def write(self, step: int) -> Checkpoint:
-        """Writes the state after `step` steps; deletes the oldest beyond `keep`. Raises OSError."""
-        ranks, final = self._updater.ranks, self._folder / f"{_PREFIX}{step:08d}"
-        aside = self._folder / f".{final.name}.writing"
+        """Writes the state after `step` steps; deletes the oldest beyond `keep`. Raises PenstockError."""
+        self.begin(step)
+        return self.finish()
+
+    def begin(self, step: int) -> None:
+        """Copies the state into host memory, and has a thread write it. Training may go on; `finish` is due."""
+        assert self._pending is None, "the checkpoint before this one is not finished"
+        ranks, aside = self._updater.ranks, self._aside(step)
         if ranks.is_first:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         ranks.barrier()
         shard = aside / _shard_name(ranks.rank, ranks.world_size)
-        save_file(_state_of(self._updater), shard)
-        _sync(shard)
-        digests = ranks.gather(torch.frombuffer(bytearray(_hash(shard)), dtype=torch.uint8))
+        self._pending = _Pending(
+            step=step, digest=self._writer.submit(_write_shard, _state_of(self._updater), shard)
+        )
+
+    def is_written(self) -> bool:
+        """Whether every rank's thread is done, so that `finish` need not wait."""
+        assert self._pending is not None
+        unfinished = torch.tensor([int(not self._pending.digest.done())])
+        return not int(self._updater.ranks.maximum(unfinished))
+
+    def finish(self) -> Checkpoint:
+        """Waits for the thread and names the checkpoint: only now it exists. Raises PenstockError."""
+        assert self._pending is not None
+        pending, self._pending = self._pending, None
+        ranks, step = self._updater.ranks, pending.step
+        final, aside = self._folder / f"{_PREFIX}{step:08d}", self._aside(step)
+        digests = ranks.gather(torch.frombuffer(bytearray(pending.result()), dtype=torch.uint8))
         manifest = _manifest_bytes(self._updater, step, [bytes(digest.tolist()).hex() for digest in digests])
         digest = blake3(manifest).hexdigest()
         if ranks.is_first:
@@ -100,6 +143,9 @@ class Checkpoints:
         if step:
             _load(self._folder / f"{_PREFIX}{step:08d}", self._updater)
         return step
+
+    def _aside(self, step: int) -> Path:
+        return self._folder / f".{_PREFIX}{step:08d}.writing"
 
     def _delete_old(self) -> None:
         for path in _folders(self._folder)[self._keep :]:
@@ -142,11 +188,19 @@ def _shard_name(rank: int, world_size: int) -> str:
     return f"rank-{rank}-of-{world_size}.safetensors"
 
 
+def _write_shard(state: dict[str, torch.Tensor], shard: Path) -> bytes:
+    """Returns the file's digest, once it is synced."""
+    save_file(state, shard)
+    _sync(shard)
+    return _hash(shard)
+
+
 def _state_of(updater: Updater) -> dict[str, torch.Tensor]:
-    """This rank's rows of everything, on the CPU, and its RNG."""
+    """A copy of this rank's rows of everything, on the CPU, and its RNG."""
     state: dict[str, torch.Tensor] = {}
     for name, tensor in _named_tensors(updater):
-        state[name] = local(tensor).cpu().contiguous()
+        if _rows_written(tensor, updater.ranks.rank) != (0, 0):
+            state[name] = local(tensor).to("cpu", copy=True).contiguous()
     state[f"{_RNG}cpu"] = torch.get_rng_state()
     if updater.ranks.device.type == "cuda":
         state[f"{_RNG}cuda"] = torch.cuda.get_rng_state(updater.ranks.device)
@@ -161,13 +215,19 @@ def _named_tensors(updater: Updater) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{_OPTIMIZER}{kind}/{name}", value
 
 
-def _rows(tensor: torch.Tensor, rank: int, world_size: int) -> tuple[int, int]:
-    """Which rows of the full tensor a rank holds: FSDP2 cuts as torch.chunk does."""
+def _rows(tensor: torch.Tensor, rank: int) -> tuple[int, int]:
+    """Which rows of the full tensor a rank holds: FSDP2 cuts as torch.chunk does, each replica alike."""
     if not isinstance(tensor, DTensor):
         return 0, tensor.shape[0] if tensor.ndim else 1
-    rows = tensor.shape[0]
-    share = -(-rows // world_size)
-    return min(rank * share, rows), min((rank + 1) * share, rows)
+    rows, num_shards = tensor.shape[0], tensor.device_mesh.shape[-1]
+    share, shard = -(-rows // num_shards), rank % num_shards
+    return min(shard * share, rows), min((shard + 1) * share, rows)
+
+
+def _rows_written(tensor: torch.Tensor, rank: int) -> tuple[int, int]:
+    """Which rows stand in a rank's file: those of the first replica only."""
+    is_copy = isinstance(tensor, DTensor) and rank >= tensor.device_mesh.shape[-1]
+    return (0, 0) if is_copy else _rows(tensor, rank)
 
 
 def _manifest_bytes(updater: Updater, step: int, digests: list[str]) -> bytes:
@@ -175,7 +235,7 @@ def _manifest_bytes(updater: Updater, step: int, digests: list[str]) -> bytes:
     tensors = {
         name: {
             "shape": list(tensor.shape),
-            "rows": [_rows(tensor, rank, world_size) for rank in range(world_size)],
+            "rows": [_rows_written(tensor, rank) for rank in range(world_size)],
         }
         for name, tensor in _named_tensors(updater)
     }
@@ -261,7 +321,7 @@ def _load_optimizer(reader: CheckpointReader, updater: Updater) -> None:
 def _fill(reader: CheckpointReader, name: str, tensor: torch.Tensor, ranks: Ranks) -> None:
     if reader.tensors[name]["shape"] != list(tensor.shape):
         raise KeyError(f"{name} has shape {reader.tensors[name]['shape']}, expected {list(tensor.shape)}")
-    local(tensor).copy_(reader.rows(name, *_rows(tensor, ranks.rank, ranks.world_size)))
+    local(tensor).copy_(reader.rows(name, *_rows(tensor, ranks.rank)))
 
 
 def _load_rng(reader: CheckpointReader, ranks: Ranks) -> None:

@@ -59,6 +59,8 @@ class CheckpointConfig:
     every_steps: int = 50
     keep: int = 3
     """Older checkpoints are deleted."""
+    in_background: bool = False
+    """Train on while a checkpoint is written, from a copy in host memory; the next one waits for it."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 1 or self.keep < 1:
@@ -71,16 +73,29 @@ class CheckpointConfig:
 class TrainingConfig:
     num_ranks: int = 1
     """Trainer processes on this host; FSDP2 shards the policy over them."""
+    num_replicas: int = 1
+    """Whole copies of the policy (HSDP): each is sharded over num_ranks / num_replicas ranks."""
+    context_ranks: int = 1
+    """Ranks that hold one row's tokens together, so that long rows fit; they share the attention heads."""
     device: Device = Device.AUTO
     precision: Precision = Precision.FLOAT32
     row_tokens: int = 4096
     """Token budget of a packed row. A longer trajectory has a row of its own."""
     activation_checkpointing: bool = False
+    """Keep only each block's input for the backward pass, and compute the rest again."""
+    compile: bool = False
+    """torch.compile each block: minutes at the start, then faster steps on GPUs."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
         if self.num_ranks < 1:
             raise ConfigError(f"training.num_ranks is {self.num_ranks}; expected at least 1")
+        for name in ("num_replicas", "context_ranks"):
+            value = getattr(self, name)
+            if value < 1 or self.num_ranks % value:
+                raise ConfigError(
+                    f"training.{name} is {value}; expected a divisor of num_ranks, which is {self.num_ranks}"
+                )
         if self.row_tokens < 16:
             raise ConfigError(f"training.row_tokens is {self.row_tokens}; expected at least 16")

@@ -10,6 +10,7 @@ one verb each; every rank runs the same loop on the same orders.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
@@ -132,29 +133,55 @@ class CheckpointLog:
     """Writes checkpoints when they are due, and tells the coordinator of each."""
 
     def __init__(
-        self, checkpoints: Checkpoints, coordinator: Coordinator, ranks: Ranks, *, every_steps: int
+        self,
+        checkpoints: Checkpoints,
+        coordinator: Coordinator,
+        ranks: Ranks,
+        *,
+        every_steps: int,
+        in_background: bool = False,
     ) -> None:
         self._checkpoints = checkpoints
         self._coordinator = coordinator
         self._ranks = ranks
         self._every_steps = every_steps
+        self._in_background = in_background
         self._written = 0
+        """Of the newest checkpoint: on disk, or on its way there."""
+        self._pending: Position | None = None
 
     def resume(self) -> int:
         self._written = self._checkpoints.resume()
         return self._written
 
     def after_step(self, position: Position) -> None:
+        """Begins the checkpoint that is due; tells of one that has meanwhile reached the disk."""
+        if self._pending is not None and self._checkpoints.is_written():
+            self._finish()
         if position.step % self._every_steps == 0:
-            self.write(position)
+            self._begin(position)
+            if not self._in_background:
+                self._finish()
 
     def write(self, position: Position) -> None:
-        """Writes the position's checkpoint, unless it is on disk already. Version 0 needs none."""
+        """Has the position's checkpoint on disk when it returns. Version 0 needs none."""
+        self._begin(position)
+        self._finish()
+
+    def _begin(self, position: Position) -> None:
+        """Unless it is written already. Waits for the one before."""
         if position.step == self._written:
             return
-        started = time.monotonic()
-        checkpoint = self._checkpoints.write(position.step)
-        self._written = position.step
+        self._finish()
+        self._checkpoints.begin(position.step)
+        self._written, self._pending = position.step, dataclasses.replace(position)
+
+    def _finish(self) -> None:
+        if self._pending is None:
+            return
+        started, position = time.monotonic(), self._pending
+        checkpoint = self._checkpoints.finish()
+        self._pending = None
         if self._ranks.is_first:
             self._coordinator.record_checkpoint(
                 epoch=position.epoch,
@@ -162,7 +189,7 @@ class CheckpointLog:
                 path=str(checkpoint.path),
                 digest=checkpoint.digest,
             )
-            _log.info("checkpoint %s, in %.2f s", checkpoint.path, time.monotonic() - started)
+            _log.info("checkpoint %s, after %.2f s of waiting", checkpoint.path, time.monotonic() - started)
 
 
 class Skips:

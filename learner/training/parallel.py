@@ -21,9 +21,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from learner.training.config import Device, Precision
+from learner.training.context import ContextGroup
 from learner.training.cpu import use_fast_float32
 from learner.training.launch import RENDEZVOUS_VARIABLE
-from learner.training.policy import Policy
+from learner.training.policy import Policy, RowForm
 from penstock.errors import ConfigError
 
 COLLECTIVE_TIMEOUT_SECONDS = 600.0
@@ -38,11 +39,28 @@ class Ranks:
     world_size: int
     device: torch.device
     mesh: DeviceMesh | None
-    """None for one rank that needs no process group."""
+    """What the policy is sharded over: (shard), or (replicate, shard). None for one rank that needs no
+    process group."""
+    context: ContextGroup | None = None
+    """The ranks that hold the same rows as this one, a slice of the tokens each."""
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def num_shares(self) -> int:
+        """How many ranks, or groups of ranks, have rows of their own."""
+        return self.world_size // (self.context.size if self.context else 1)
+
+    @property
+    def share(self) -> int:
+        """Which of them this rank belongs to."""
+        return self.rank // (self.context.size if self.context else 1)
+
+    def sum_of_shares(self, values: torch.Tensor) -> torch.Tensor:
+        """Adds what each share measured on its rows; the ranks of a share measured the same."""
+        return self.sum(values) / (self.world_size // self.num_shares)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Adds a tensor over all ranks; every rank gets the total."""
@@ -75,17 +93,39 @@ class Ranks:
         return values
 
 
-def open_ranks(device: Device, precision: Precision) -> Ranks:
-    """Joins the other ranks as the environment says: RANK, WORLD_SIZE, LOCAL_RANK. Raises ConfigError."""
+def open_ranks(
+    device: Device, precision: Precision, *, num_replicas: int = 1, context_ranks: int = 1
+) -> Ranks:
+    """Joins the other ranks as the environment says: RANK, WORLD_SIZE, LOCAL_RANK. Raises ConfigError.
+
+    num_replicas: whole copies of the policy, each sharded over a part of the ranks.
+    context_ranks: neighbouring ranks that hold one row together.
+    """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     where = _local_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if where.type == "cpu":
         use_fast_float32()
-    mesh = None
+    mesh = context = None
     if world_size > 1 or precision is Precision.BFLOAT16:
         _join(rank, world_size, where)
-        mesh = init_device_mesh(where.type, (world_size,), mesh_dim_names=("shard",))
-    return Ranks(rank=rank, world_size=world_size, device=where, mesh=mesh)
+        mesh = _sharding_mesh(where.type, world_size, num_replicas)
+        context = _context_group(where.type, world_size, context_ranks)
+    return Ranks(rank=rank, world_size=world_size, device=where, mesh=mesh, context=context)
+
+
+def _sharding_mesh(device_type: str, world_size: int, num_replicas: int) -> DeviceMesh:
+    if num_replicas == 1:
+        return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
+    shape = (num_replicas, world_size // num_replicas)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _context_group(device_type: str, world_size: int, context_ranks: int) -> ContextGroup | None:
+    if context_ranks == 1:
+        return None
+    shape = (world_size // context_ranks, context_ranks)
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=("rows", "context"))["context"]
+    return ContextGroup(group=mesh.get_group(), rank=mesh.get_local_rank(), size=context_ranks)
 
 
 def _local_device(device: Device, local_rank: int) -> torch.device:
@@ -126,6 +166,7 @@ def place(policy: Policy, ranks: Ranks, precision: Precision, *, compiled: bool 
     Master weights and gradient reduction are float32; blocks compute in `precision`. With
     `compiled`, torch.compile makes kernels of each block, once for all row lengths.
     """
+    _give_context(policy, ranks.context)
     blocks = _blocks(policy.causal_lm)
     if compiled:
         for block in blocks:
@@ -139,6 +180,26 @@ def place(policy: Policy, ranks: Ranks, precision: Precision, *, compiled: bool 
     for block in blocks:
         fully_shard(block, mesh=ranks.mesh, mp_policy=mixed, reshard_after_forward=not alone)
     fully_shard(policy, mesh=ranks.mesh, mp_policy=mixed)
+
+
+def _give_context(policy: Policy, context: ContextGroup | None) -> None:
+    if context is None:
+        return
+    heads = policy.causal_lm.config.num_attention_heads
+    if policy.evaluation.form is not RowForm.PACKED or heads % context.size:
+        raise ConfigError(
+            f"training.context_ranks is {context.size}: it needs a policy that is evaluated in packed rows "
+            f"and whose {heads} attention heads it divides; set it to 1"
+        )
+    policy.context = context
+
+
+def reshard(policy: Policy) -> None:
+    """Drops gathered weights that a forward pass without a backward pass left behind: they would outlive a
+    change of the sharded ones."""
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def accumulate(policy: Policy, ranks: Ranks, *, is_last: bool) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from learner.training.attention import PACKED, AttentionUnsupported, RowLayout
+from learner.training.context import ContextGroup
 from learner.training.logprobs import score_logits, token_logprobs
 from learner.training.packing import PackedRow
 from penstock.errors import ConfigError
@@ -60,22 +61,30 @@ class Policy(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
         self.evaluation = evaluation
+        self.context: ContextGroup | None = None
+        """Who else holds tokens of each row."""
 
     def forward(self, row: PackedRow, *, temperature: float) -> TokenScores:
         """Scores every sampled token of one row under softmax(logits / temperature)."""
-        layout = RowLayout(row.lengths, row.device)
+        if self.context is None:
+            logprobs_S, entropy_S = self._score(row, temperature)
+        else:
+            parts = self._score(self.context.slice_of(row), temperature)
+            logprobs_S, entropy_S = (self.context.join(part, row) for part in parts)
+        return TokenScores(logprobs_S=logprobs_S, entropy_S=entropy_S)
+
+    def _score(self, row: PackedRow, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        layout = RowLayout(row.lengths, row.device, self.context)
         if self.evaluation.split_head:
             hidden_SH = self._hidden(row, layout)[row.predictors_S]
-            logprobs_S, entropy_S = token_logprobs(
+            return token_logprobs(
                 hidden_SH,
                 self.causal_lm.get_output_embeddings().weight,
                 row.targets_S,
                 temperature=temperature,
             )
-        else:
-            logits_SV = self._logits(row, layout)[row.predictors_S]
-            logprobs_S, entropy_S = score_logits(logits_SV, row.targets_S, temperature=temperature)
-        return TokenScores(logprobs_S=logprobs_S, entropy_S=entropy_S)
+        logits_SV = self._logits(row, layout)[row.predictors_S]
+        return score_logits(logits_SV, row.targets_S, temperature=temperature)
 
     def _hidden(self, row: PackedRow, layout: RowLayout) -> torch.Tensor:
         """[T, H]: the last hidden state of each token."""

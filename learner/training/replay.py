@@ -17,8 +17,7 @@ from learner.config import RunConfig
 from learner.coordinator import database
 from learner.training.batch import Batch, Group
 from learner.training.coordinator import Lineage, NextBatch
-from learner.training.parallel import open_ranks
-from learner.training.start import train
+from learner.training.start import join_ranks, train
 from learner.training.stopping import StopOnSignal
 from penstock import config as configuration
 from penstock import log
@@ -112,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
     )
     recorded = RecordedRun(run_dir / "ledger.sqlite")
     with ExitStack() as stack:
-        ranks = open_ranks(config.training.device, config.training.precision)
+        ranks = join_ranks(config.training)
         stack.callback(ranks.close)
         position = train(config, ranks, recorded, stop, stack)
         if ranks.is_first and not stop.is_set():

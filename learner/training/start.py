@@ -14,6 +14,7 @@ import torch
 from learner.algorithms.preference_recipe import OnlineRecipe
 from learner.config import RunConfig
 from learner.training.checkpoint import Checkpoints
+from learner.training.config import TrainingConfig
 from learner.training.coordinator import Coordinator, GrpcCoordinator, Lineage
 from learner.training.loop import CheckpointLog, Position, Skips, Training, Versions
 from learner.training.model import load_policy
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         RunConfig, [str(arguments.run_dir / "config.toml")], prog="penstock learner", description="A run."
     )
     with ExitStack() as stack:
-        ranks = open_ranks(config.training.device, config.training.precision)
+        ranks = join_ranks(config.training)
         stack.callback(ranks.close)
         coordinator = GrpcCoordinator(arguments.coordinator, stopping=stop.is_set)
         stack.callback(coordinator.close)
@@ -77,6 +78,7 @@ def train(
         coordinator,
         ranks,
         every_steps=config.training.checkpoint.every_steps,
+        in_background=config.training.checkpoint.in_background,
     )
     step = checkpoints.resume()
     lineage = coordinator.open_lineage(step) if ranks.is_first else Lineage(run_id="", epoch=0)
@@ -102,12 +104,22 @@ def train(
     return position
 
 
+def join_ranks(training: TrainingConfig) -> Ranks:
+    """Raises ConfigError."""
+    return open_ranks(
+        training.device,
+        training.precision,
+        num_replicas=training.num_replicas,
+        context_ranks=training.context_ranks,
+    )
+
+
 def make_updater(config: RunConfig, ranks: Ranks) -> Updater:
     """Loads the run's initial policy onto the ranks, with its optimiser. Raises ConfigError."""
     training = config.training
     torch.manual_seed(config.seed + ranks.rank)
     policy = load_policy(config.policy, activation_checkpointing=training.activation_checkpointing)
-    place(policy, ranks, training.precision)
+    place(policy, ranks, training.precision, compiled=training.compile)
     return Updater(
         policy,
         make_optimizer(policy, training.optimizer),

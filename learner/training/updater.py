@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from learner.algorithms.sums import Sums, add_sums
 from learner.training.optimizer import clip_gradients
 from learner.training.packing import PackedRow, TokenSequence, pack, plan_rows
-from learner.training.parallel import Ranks, accumulate, local
+from learner.training.parallel import Ranks, accumulate, local, reshard
 from learner.training.policy import Policy, TokenScores
 
 Objective = Callable[[PackedRow, TokenScores], tuple[torch.Tensor, Sums]]
@@ -85,17 +85,18 @@ class Updater:
                 where = [np.arange(starts[member], ends[member]) for member in row.members]
                 if where:
                     scores[torch.from_numpy(np.concatenate(where)).to(row.device)] = logprobs_S
-        flat = self.ranks.sum(scores).cpu().numpy()
+        reshard(self.policy)
+        flat = self.ranks.sum_of_shares(scores).cpu().numpy()
         return [flat[start:end] for start, end in zip(starts, ends, strict=True)]
 
     def _rows(self, sequences: Sequence[TokenSequence]) -> list[PackedRow]:
         plan = plan_rows(
             [sequence.num_tokens for sequence in sequences],
             row_tokens=self._row_tokens,
-            num_ranks=self.ranks.world_size,
+            num_ranks=self.ranks.num_shares,
             hidden_size=self._hidden_size,
         )
-        return [pack(sequences, members, self.ranks.device) for members in plan[self.ranks.rank]]
+        return [pack(sequences, members, self.ranks.device) for members in plan[self.ranks.share]]
 
     def _backward(self, row: PackedRow, objective: Objective) -> Sums:
         loss, sums = objective(row, self.policy(row, temperature=self._temperature))
@@ -106,7 +107,7 @@ class Updater:
     def _total(self, sums: Sums) -> dict[str, float]:
         added = sorted(name for name in sums if not name.endswith("_max"))
         largest = sorted(name for name in sums if name.endswith("_max"))
-        totals = dict(zip(added, self.ranks.sum(_vector(sums, added)).tolist(), strict=True))
+        totals = dict(zip(added, self.ranks.sum_of_shares(_vector(sums, added)).tolist(), strict=True))
         return totals | dict(zip(largest, self.ranks.maximum(_vector(sums, largest)).tolist(), strict=True))
 
 
