@@ -93,7 +93,7 @@ def test_a_disk_that_fails_ends_the_training_with_its_reason(
     checkpoints.write(1)
     monkeypatch.setattr(checkpoint, "save_file", full)
     checkpoints.begin(2)
-    with pytest.raises(PenstockError, match="checkpoint of step 2 could not be written.*No space left"):
+    with pytest.raises(PenstockError, match=r"checkpoint of step 2 could not be written.*No space left"):
         checkpoints.finish()
     found = newest(tmp_path / "checkpoints")
     assert found is not None
