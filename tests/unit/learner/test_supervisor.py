@@ -1,0 +1,48 @@
+"""How often the supervisor starts a program again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from learner.main import MOST_RESTARTS, Restarts, steps_done
+from penstock.errors import PenstockError
+
+
+def write_step(metrics: Path, step: int) -> None:
+    with metrics.open("a") as file:
+        file.write(json.dumps({"step": step}) + "\n")
+
+
+def test_a_program_may_die_often_as_long_as_the_run_gets_on(tmp_path: Path):
+    metrics = tmp_path / "metrics.jsonl"
+    restarts = Restarts("trainer", metrics)
+    for step in range(1, 4 * MOST_RESTARTS):
+        write_step(metrics, step)
+        assert restarts.backoff(-9) == 0.5
+
+
+def test_too_many_deaths_without_a_step_in_between_are_final(tmp_path: Path):
+    metrics = tmp_path / "metrics.jsonl"
+    write_step(metrics, 7)
+    restarts = Restarts("trainer", metrics)
+    waits = []
+    for _ in range(MOST_RESTARTS):
+        # The same steps again, from the checkpoint, are no progress.
+        write_step(metrics, 6)
+        write_step(metrics, 7)
+        waits.append(restarts.backoff(1))
+    assert waits == [0.5, 1.0, 2.0, 4.0, 8.0]
+    with pytest.raises(PenstockError, match="the trainer died 6 times without a step in between"):
+        restarts.backoff(1)
+
+
+def test_a_torn_line_of_metrics_is_no_step(tmp_path: Path):
+    metrics = tmp_path / "metrics.jsonl"
+    assert steps_done(metrics) == 0
+    write_step(metrics, 3)
+    with metrics.open("a") as file:
+        file.write('{"step": 4')
+    assert steps_done(metrics) == 3
