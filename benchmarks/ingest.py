@@ -1,236 +1,168 @@
-"""How fast the coordinator takes trajectories in, durably, against a bare gRPC stream.
+"""How fast the coordinator takes trajectories in, durably; and what many actors cost it.
 
-The peer is a server of the same CoordinatorService.Submit that parses each message and
-acknowledges it, and does nothing else: no validation, no ledger, no sync. Ours checks
-every array, decides on every trajectory, and answers once it is committed and synced.
-Both run in a process of their own with one thread; clients and messages are the same.
+First, one stream with 1,024 trajectories (32 messages) unacknowledged. In turn, with the
+same client and the same bytes, made before the clock starts:
+
+- durable: a coordinator that checks every array, decides, commits, syncs, acknowledges;
+- bare: a grpc.aio stream that hands each message over as bytes, unread, and answers as many
+  bytes as the coordinator does;
+- parsed: a grpc.aio stream of generated code, which parses each message and answers it.
+
+Then, 1, 10, 100 and 1,000 actors, each with a connection, a session, directives and
+heartbeats of its own, that lease 32 slots, submit them as one message, await the
+acknowledgement, and begin again as fast as they can; and 100 actors that offer 2,000
+trajectories a second together, for the time to an acknowledgement when nothing is saturated.
 
     python benchmarks/ingest.py [--json FILE]
 
-Names: ours_per_second, bare_per_second, ours_over_bare (medians of the repeats).
+Names: durable_per_second, bare_per_second, parsed_per_second (medians of the repeats);
+durable_over_bare, durable_over_parsed (ratios of medians); ack_p99_ms, ack_p50_ms (at 2,000
+a second); and for each number N of actors: per_second_N, busy_ack_p99_ms_N,
+cpu_us_per_trajectory_N (of the coordinator's process, with all that its actors ask of it),
+rss_mb_N (its peak).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+import uvloop
+from harness.ingest_servers import (
+    ITEMS_PER_MESSAGE,
+    Server,
+    process,
+    serve_bytes,
+    serve_coordinator,
+    serve_parsed,
+)
 from harness.report import add_arguments, write
+from harness.simulated_actors import SimulatedActor, send
 
-from learner.config import FleetConfig, ScheduleConfig
-from learner.coordinator.actor_service import ActorService, Welcome
-from learner.coordinator.core import Coordinator
-from learner.coordinator.ledger import Ledger
-from learner.coordinator.publications import Publications
-from learner.coordinator.scheduler import Scheduler
-from learner.coordinator.tasks import TaskOrder, TaskSource
-from learner.coordinator.validation import Limits
-from penstock import PROTOCOL, rpc
-from penstock.codec import task_from_wire, trajectory_item, version_to_wire
-from penstock.signals import Stop
-from penstock.trajectory import FinishReason, PolicyVersion, Reward, Sampling, Trajectory, VersionSpan
-from penstock.v1 import coordinator_pb2 as pb
-from penstock.v1 import coordinator_pb2_grpc, weights_pb2
-from penstock.weights.media.zeromq import ZeromqServer
-
-VERSION = PolicyVersion(1, 0)
-DIGEST = "benchmark"
-GROUP_SIZE = 16
-ITEMS_PER_MESSAGE = 32
+WINDOW = 32
+"""Messages: the credits of an actor, 1,024 trajectories."""
+NUM_ACTORS = (1, 10, 100, 1000)
+OFFERED_PER_SECOND = 2000
+OFFERING_ACTORS = 100
 
 
-class BareServer(coordinator_pb2_grpc.CoordinatorServiceServicer):
-    """Parses and acknowledges."""
-
-    async def Submit(  # noqa: N802
-        self, request_iterator: AsyncIterator[pb.SubmitRequest], context: Any
-    ) -> AsyncIterator[pb.SubmitResponse]:
-        async for request in request_iterator:
-            last = request.items[-1].sequence
-            verdicts = [
-                pb.Verdict(sequence=item.sequence, kind=pb.VERDICT_KIND_ACCEPTED) for item in request.items
-            ]
-            yield pb.SubmitResponse(acknowledged=last, verdicts=verdicts)
-
-
-def serve_bare(pipe: Any) -> None:
-    async def run() -> None:
-        server = rpc.server()
-        coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(BareServer(), server)
-        await _serve(server, pipe)
-
-    _run(run())
+def throughput(num_trajectories: int, num_tokens: int) -> tuple[float, float, float]:
+    """(durable, bare, parsed), trajectories a second."""
+    seconds = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        process(serve_coordinator, Path(folder), num_trajectories) as server,
+    ):
+        messages = uvloop.run(_prepare(server, num_trajectories, num_tokens))
+        seconds.append(uvloop.run(send(server.address, messages, window=WINDOW)))
+    for peer in (serve_bytes, serve_parsed):
+        with process(peer) as server:
+            seconds.append(uvloop.run(send(server.address, messages, window=WINDOW)))
+    durable, bare, parsed = (num_trajectories / each for each in seconds)
+    return durable, bare, parsed
 
 
-def serve_ours(pipe: Any, folder: Path, num_groups: int) -> None:
-    async def run() -> None:
-        ledger = Ledger(folder / "ledger.sqlite")
-        schedule = ScheduleConfig(num_steps=num_groups, groups_per_step=num_groups, group_size=GROUP_SIZE)
-        scheduler = Scheduler(
-            schedule=schedule,
-            fleet=FleetConfig(),
-            sampling=Sampling(max_tokens=4096),
-            tasks=TaskOrder([TaskSource(environment="words", num_tasks=0)], seed=0),
-            limits=Limits(vocab_size=200_000, max_sampled_tokens=4096, max_context=8192),
-            history=ledger,
-        )
-        scheduler.lineage.open(0, [])
-        scheduler.lineage.published(VERSION, DIGEST, b"", "{}")
-        weights = ZeromqServer("tcp://127.0.0.1:0")
-        coordinator = Coordinator(scheduler, ledger, Stop(), run_id="benchmark")
-        welcome = Welcome("benchmark", (), weights_pb2.PolicyFiles(), FleetConfig(), None)
-        server = rpc.server()
-        coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(
-            ActorService(coordinator, Publications(weights), welcome), server
-        )
-        await _serve(server, pipe)
-        totals = ledger.totals()
-        assert totals.imbalance == 0
-        pipe.send(totals.accepted)
-        ledger.close()
-        weights.close()
-
-    _run(run())
-
-
-def _run(work: Any) -> None:
-    import uvloop
-
-    uvloop.run(work)
-
-
-async def _serve(server: Any, pipe: Any) -> None:
-    port = rpc.bind(server, "127.0.0.1:0")
-    await server.start()
-    pipe.send(port)
-    await asyncio.to_thread(pipe.recv)
-    await server.stop(0)
-
-
-async def acquire(address: str, num_leases: int) -> tuple[str, list[pb.Lease]]:
-    """Joins, and leases as many slots as there are to be sent."""
-    async with rpc.channel(address) as channel:
-        stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
-        request = pb.JoinRequest(actor_id="bench", protocol=PROTOCOL, engine="none", num_slots=1)
-        session_id = (await stub.Join(request)).session_id
-        leases: list[pb.Lease] = []
-        while len(leases) < num_leases:
-            answer = await stub.AcquireLeases(
-                pb.AcquireLeasesRequest(
-                    session_id=session_id,
-                    max_leases=min(num_leases - len(leases), 1024),
-                    installed=version_to_wire(VERSION),
-                    installed_digest=DIGEST,
-                )
-            )
-            assert answer.leases, answer.reason
-            leases += answer.leases
-        return session_id, leases
-
-
-def make_messages(session_id: str, leases: list[pb.Lease], num_tokens: int) -> list[pb.SubmitRequest]:
-    messages = []
-    for start in range(0, len(leases), ITEMS_PER_MESSAGE):
-        items = [
-            make_item(lease, start + offset + 1, num_tokens)
-            for offset, lease in enumerate(leases[start : start + ITEMS_PER_MESSAGE])
-        ]
-        messages.append(pb.SubmitRequest(session_id=session_id, items=items))
+async def _prepare(server: Server, num_trajectories: int, num_tokens: int) -> list[bytes]:
+    actor = SimulatedActor(server.address, 0, num_tokens)
+    await actor.join()
+    leases = await actor.lease(num_trajectories)
+    messages = [
+        actor.message(leases[start : start + ITEMS_PER_MESSAGE]).SerializeToString()
+        for start in range(0, len(leases), ITEMS_PER_MESSAGE)
+    ]
+    await actor.close()
     return messages
 
 
-def make_item(lease: pb.Lease, number: int, num_tokens: int) -> pb.SubmitItem:
-    sampled = np.ones(num_tokens, dtype=np.uint8)
-    sampled[: num_tokens // 4] = 0
-    item = trajectory_item(
-        Trajectory(
-            trajectory_id=f"{number:032x}",
-            lease_id=lease.lease_id,
-            token_ids=np.arange(num_tokens, dtype=np.int32),
-            loss_mask=sampled,
-            logprobs=np.where(sampled == 1, np.float32(-1.0), np.float32(0.0)),
-            versions=(VersionSpan(VERSION, int(sampled.sum())),),
-            reward=Reward.valid(1.0),
-            finish_reason=FinishReason.DONE,
-            num_turns=1,
-            task=task_from_wire(lease.task),
-            environment_version="1",
-            environment_digest="ab",
-            observation_digest=str(lease.group_id),
-        )
-    )
-    item.sequence = number
-    return item
+def crowd(
+    num_actors: int, num_messages: int, num_tokens: int, *, seconds_between: float = 0.0
+) -> Mapping[str, float]:
+    """What a number of actors costs, and how it is served. num_messages: of each actor."""
+    num_trajectories = num_actors * num_messages * ITEMS_PER_MESSAGE
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        process(serve_coordinator, Path(folder), num_trajectories) as server,
+    ):
+        work = _submit_all(server, num_actors, num_messages, num_tokens, seconds_between)
+        seconds, latencies = uvloop.run(work)
+        usage = server.usage()
+    return {
+        "per_second": num_trajectories / seconds,
+        "ack_p50_ms": 1e3 * statistics.median(latencies),
+        "ack_p99_ms": 1e3 * latencies[int(0.99 * len(latencies))],
+        "cpu_us_per_trajectory": 1e6 * usage.cpu_seconds / num_trajectories,
+        "rss_mb": usage.peak_rss_mb,
+    }
 
 
-async def send(address: str, messages: list[pb.SubmitRequest]) -> float:
-    """Seconds from the first message to the last acknowledgement."""
-    num_items = sum(len(message.items) for message in messages)
-    async with rpc.channel(address) as channel:
-        stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
-
-        async def requests() -> AsyncIterator[pb.SubmitRequest]:
-            for message in messages:
-                yield message
-
+async def _submit_all(
+    server: Server, num_actors: int, num_messages: int, num_tokens: int, seconds_between: float
+) -> tuple[float, list[float]]:
+    """Seconds from the first lease to the last acknowledgement, all having joined before; each message's wait."""
+    actors = [SimulatedActor(server.address, number, num_tokens) for number in range(num_actors)]
+    for actor in actors:
+        await actor.join()
+    async with asyncio.TaskGroup() as background:
+        lives = [
+            background.create_task(work) for actor in actors for work in (actor.watch(), actor.heartbeat())
+        ]
         began = time.perf_counter()
-        async for answer in stub.Submit(requests()):
-            kinds = {verdict.kind for verdict in answer.verdicts}
-            assert kinds == {pb.VERDICT_KIND_ACCEPTED}, answer.verdicts[0]
-            if answer.acknowledged == num_items:
-                break
-        return time.perf_counter() - began
+        async with asyncio.TaskGroup() as tasks:
+            for number, actor in enumerate(actors):
+                delay = seconds_between * number / num_actors
+                tasks.create_task(
+                    _submit(actor, num_messages, seconds_between, delay), name=f"actor {number}"
+                )
+        seconds = time.perf_counter() - began
+        for life in lives:
+            life.cancel()
+    for actor in actors:
+        await actor.close()
+    return seconds, sorted(latency for actor in actors for latency in actor.ack_seconds)
 
 
-@contextlib.contextmanager
-def process(target: Any, *arguments: Any) -> Iterator[tuple[str, Any]]:
-    ours, theirs = multiprocessing.Pipe()
-    child = multiprocessing.Process(target=target, args=(theirs, *arguments))
-    child.start()
-    try:
-        yield f"127.0.0.1:{ours.recv()}", ours
-    finally:
-        ours.send("stop")
-        child.join(timeout=60)
-
-
-def measure(num_trajectories: int, num_tokens: int) -> tuple[float, float]:
-    """(ours, bare), trajectories a second."""
-    with tempfile.TemporaryDirectory() as folder:
-        num_groups = num_trajectories // GROUP_SIZE
-        with process(serve_ours, Path(folder), num_groups) as (address, pipe):
-            session_id, leases = asyncio.run(acquire(address, num_trajectories))
-            messages = make_messages(session_id, leases, num_tokens)
-            ours = num_trajectories / asyncio.run(send(address, messages))
-            pipe.send("stop")
-            assert pipe.recv() == num_trajectories
-    with process(serve_bare) as (address, _):
-        bare = num_trajectories / asyncio.run(send(address, messages))
-    return ours, bare
+async def _submit(actor: SimulatedActor, num_messages: int, seconds_between: float, delay: float) -> None:
+    await asyncio.sleep(delay)
+    await actor.submit(num_messages, seconds_between=seconds_between)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--num-trajectories", type=int, default=16_384)
+    parser.add_argument(
+        "--num-trajectories", type=int, default=16_384, help="of each repeat, and of each crowd"
+    )
     parser.add_argument("--num-tokens", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=5)
     add_arguments(parser)
     arguments = parser.parse_args()
-    pairs = [measure(arguments.num_trajectories, arguments.num_tokens) for _ in range(arguments.repeats)]
+    num_trajectories, num_tokens = arguments.num_trajectories, arguments.num_tokens
+    triples = [throughput(num_trajectories, num_tokens) for _ in range(arguments.repeats)]
+    durable, bare, parsed = (statistics.median(column) for column in zip(*triples, strict=True))
     results = {
-        "ours_per_second": statistics.median(ours for ours, _ in pairs),
-        "bare_per_second": statistics.median(bare for _, bare in pairs),
-        "ours_over_bare": statistics.median(ours / bare for ours, bare in pairs),
+        "durable_per_second": durable,
+        "bare_per_second": bare,
+        "parsed_per_second": parsed,
+        "durable_over_bare": durable / bare,
+        "durable_over_parsed": durable / parsed,
     }
+    between = OFFERING_ACTORS * ITEMS_PER_MESSAGE / OFFERED_PER_SECOND
+    offered = crowd(OFFERING_ACTORS, 6, num_tokens, seconds_between=between)
+    results |= {name: offered[name] for name in ("ack_p50_ms", "ack_p99_ms")}
+    for number in NUM_ACTORS:
+        num_messages = max(num_trajectories // (number * ITEMS_PER_MESSAGE), 2)
+        found = crowd(number, num_messages, num_tokens)
+        results |= {
+            f"per_second_{number}": found["per_second"],
+            f"busy_ack_p99_ms_{number}": found["ack_p99_ms"],
+            f"cpu_us_per_trajectory_{number}": found["cpu_us_per_trajectory"],
+            f"rss_mb_{number}": found["rss_mb"],
+        }
     write(results, arguments)
 
 

@@ -96,7 +96,7 @@ class ActorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
             session = self._scheduler.fleet.require(request.session_id, self._coordinator.clock())
             sent = None
             while not self._coordinator.stop.is_set():
-                change = self._coordinator.changed.next()
+                change = self._coordinator.news.next()
                 manifest = self._publications.newest
                 if manifest is not None and manifest is not sent:
                     sent = manifest
@@ -135,7 +135,7 @@ class ActorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
             clock = self._coordinator.clock
             deadline = clock() + min(to_seconds(request.wait), MAX_LEASE_WAIT_SECONDS)
             while True:
-                change = self._coordinator.changed.next()
+                change = self._coordinator.news.next()
                 leases, reason = self._scheduler.acquire(
                     request.session_id,
                     version_from_wire(request.installed),

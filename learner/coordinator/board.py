@@ -45,7 +45,7 @@ class Board:
         return self.groups.get(group_id) or self._recent.get(group_id)
 
     def is_assigned(self, group: Group) -> bool:
-        return self.assigned is not None and any(g.group_id == group.group_id for g in self.assigned.groups)
+        return self.assigned is not None and group.group_id in self.assigned.group_ids
 
     def free_slot(self, born: int) -> tuple[Group, int] | None:
         """The first free slot of the oldest group that was born at version `born` or before."""
@@ -120,9 +120,11 @@ class Board:
             return
         if len(group.deaths) >= DEATHS_BEFORE_QUARANTINE:
             self.drop(group, TrajectoryState.QUARANTINED, f"{len(group.deaths)} actors died on its task")
-        elif group.is_settled and not group.is_ready:
+        elif not group.is_settled:
+            return
+        elif not group.is_ready:
             self.drop(group, TrajectoryState.GROUP_DROPPED, "fewer than two trajectories after its faults")
-        elif group.is_ready and self._sieve is not None and self._sieve.drops(group):
+        elif self._sieve is not None and self._sieve.drops(group):
             self.drop(
                 group, TrajectoryState.GROUP_DROPPED, "equal rewards teach nothing; another takes its place"
             )

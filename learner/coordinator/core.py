@@ -12,7 +12,20 @@ from collections.abc import Callable
 from learner.coordinator.decisions import Revocation
 from learner.coordinator.disk import DiskGuard, Room
 from learner.coordinator.explain import TrainerWait, why
+from learner.coordinator.groups import LeaseOutcome
 from learner.coordinator.ledger import Ledger, Totals
+from learner.coordinator.records import (
+    EventLogged,
+    GroupOpened,
+    ItemsRefused,
+    LeaseEnded,
+    LeaseGranted,
+    Record,
+    SequenceAdvanced,
+    SessionOpened,
+    TrajectoryState,
+    TrajectoryStored,
+)
 from learner.coordinator.scheduler import Scheduler
 from learner.coordinator.vigil import Vigil
 from penstock.signals import Stop
@@ -75,6 +88,9 @@ class Coordinator:
         self.clock = clock
         self.started_at = clock()
         self.changed = Pulse()
+        """Each commit."""
+        self.news = Pulse()
+        """What many actors wait for: versions, directives, room for leases. Not the commits that they cause."""
         self._ticked = asyncio.Event()
         self.trainer: TrainerWait | None = None
         self.checkpoint_requested = False
@@ -87,19 +103,27 @@ class Coordinator:
         self._revocations: defaultdict[str, list[Revocation]] = defaultdict(list)
 
     async def commit(self) -> None:
-        """Returns once all that was decided so far is on disk, then wakes who waits for it.
-
-        Records go to the ledger's queue before the first await, so their order is that of
-        the decisions. Raises LedgerError.
-        """
+        """Returns once all that was decided so far is on disk. Raises LedgerError."""
         await self.begin_commit()
-        self.changed.fire()
 
-    def begin_commit(self) -> asyncio.Future[None]:
-        """Hands all that was decided so far to the ledger. Done once it is on disk: then fire `changed`."""
-        for revocation in self.scheduler.take_revocations():
+    def begin_commit(self, *, all_is_news: bool = False) -> asyncio.Future[None]:
+        """Hands all that was decided so far to the ledger, in the order of the decisions.
+
+        Done once it is on disk; then wakes who waits for it. all_is_news: also the actors,
+        whatever it was.
+        """
+        revocations, records = self.scheduler.take_revocations(), self.scheduler.take_records()
+        for revocation in revocations:
             self._revocations[revocation.session_id].append(revocation)
-        return self.ledger.begin_write(self.scheduler.take_records())
+        is_news = bool(revocations) or any(map(_is_news, records)) or (all_is_news and bool(records))
+        written = self.ledger.begin_write(records)
+        written.add_done_callback(lambda _: self.announce() if is_news else self.changed.fire())
+        return written
+
+    def announce(self) -> None:
+        """Wakes everybody."""
+        self.changed.fire()
+        self.news.fire()
 
     def take_revocations(self, session_id: str) -> list[Revocation]:
         return self._revocations.pop(session_id, [])
@@ -139,7 +163,7 @@ class Coordinator:
             self.scheduler.tick(self.clock())
             self._keep_vigil()
             self._ticked.set()
-        self.changed.fire()
+        self.announce()
 
     def _keep_vigil(self) -> None:
         waiting = self.trainer is not None and self.trainer.waiting is not None
@@ -158,7 +182,19 @@ class Coordinator:
             self.note_disk(shutil.disk_usage(self.ledger.path.parent).free)
             if self.watchdog is not None:
                 self.watchdog.arm("a commit of the ledger", STANDSTILL_SECONDS)
-            await self.commit()
+            await self.begin_commit(all_is_news=True)
             if self.watchdog is not None:
                 self.watchdog.disarm()
             await self.refresh_totals()
+
+
+def _is_news(record: Record) -> bool:
+    """Whether an actor may wait for it. What actors do all the time is none: it would wake all of them."""
+    if isinstance(record, LeaseEnded):
+        return record.outcome is not LeaseOutcome.FILLED
+    if isinstance(record, TrajectoryStored):
+        return record.state is not TrajectoryState.PENDING
+    return type(record) not in _ORDINARY
+
+
+_ORDINARY = frozenset({SequenceAdvanced, LeaseGranted, GroupOpened, ItemsRefused, SessionOpened, EventLogged})

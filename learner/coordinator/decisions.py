@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 from learner.coordinator.groups import Group
@@ -44,12 +45,12 @@ class Revocation:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Batch:
     step: int
     groups: tuple[Group, ...]
 
-    @property
+    @cached_property
     def group_ids(self) -> tuple[int, ...]:
         return tuple(group.group_id for group in self.groups)
 

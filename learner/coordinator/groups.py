@@ -91,7 +91,7 @@ class Group:
 
     @property
     def is_settled(self) -> bool:
-        return all(slot.is_settled for slot in self.slots)
+        return all(slot.filled is not None or slot.given_up for slot in self.slots)
 
     @property
     def members(self) -> list[Filled]:
@@ -118,6 +118,5 @@ class Group:
         return next((number for number, slot in enumerate(self.slots) if slot.is_free), None)
 
     def holds(self, trajectory_id: str) -> bool:
-        return trajectory_id in self.extra_ids or any(
-            slot.filled is not None and slot.filled.trajectory_id == trajectory_id for slot in self.slots
-        )
+        ids = [slot.filled.trajectory_id for slot in self.slots if slot.filled is not None]
+        return trajectory_id in ids or trajectory_id in self.extra_ids

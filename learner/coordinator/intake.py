@@ -98,7 +98,6 @@ class Intake:
     async def _acknowledge(self, decided: asyncio.Queue[_Decided | None], context: _Context) -> None:
         while (message := await decided.get()) is not None:
             await message.written
-            self._coordinator.changed.fire()
             await context.write(message.answer)
 
     def _decide(self, session_id: str, request: pb.SubmitRequest) -> pb.SubmitResponse:

@@ -103,7 +103,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
     async def _set_paused(self, paused: bool) -> None:
         if self._scheduler.paused != paused:
             self._scheduler.set_paused(paused)
-            await self._coordinator.commit()
+            await self._coordinator.begin_commit(all_is_news=True)
 
     def _state(self) -> pb.RunState.ValueType:
         if self._scheduler.finished:

@@ -562,7 +562,8 @@ class Scheduler:
             self.board.end_lease(own, LeaseOutcome.FILLED)
         if slot.filled is not None:
             self.board.revoke_leases(slot, "another result came first")
-        self.board.end_if_useless(group)
+        if own is None:
+            self.board.end_if_useless(group)
 
     # -- ending things ----------------------------------------------------------------------
 

@@ -132,7 +132,7 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
                 self._note_published()
                 await self._coordinator.commit()
                 self._publications.publish(manifest)
-                self._coordinator.changed.fire()
+                self._coordinator.announce()
             return pb.PublishVersionResponse(deltas_wanted=self._publications.serves_other_hosts)
 
     def _measure(self, num_groups: int) -> None:
