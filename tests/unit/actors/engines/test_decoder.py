@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from actors.engines import decoder as decoder_module
 from actors.engines.base import GenerationChunk, StopReason
 from actors.engines.decoder import Decoder, Emission, Running
 from actors.engines.policy import build_model, load_architecture
 from actors.engines.sampling import SamplingBatch, sample
 from actors.engines.tensors import plan_update
-from penstock.trajectory import PolicyVersion
+from penstock.trajectory import InstallMode, PolicyVersion
 from tests.conformance.engine_suite import prompt, request
 from tests.conformance.policies import Policy, configs, write_policy
 
@@ -277,3 +278,29 @@ def test_random_traffic_keeps_every_sequence_exact(policy: Policy) -> None:
         assert len(tokens_of(chunks)) == sequence.limit
         expected = policy.logprobs(sequence.request.prompt_ids, tokens_of(chunks))
         assert logprobs_of(chunks) == pytest.approx(expected, abs=1e-4)
+
+
+def test_outdated_sequences_are_read_again_in_batches_that_fit_a_prefill(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = make_decoder(policy)
+    sequences = [submit(decoder, length, limit=12, seed=length) for length in (3, 20, 9, 4)]
+    emissions = [*decoder.prefill(), *decoder.decode(), *decoder.decode()]
+    abandoned = sequences.pop()
+    decoder.abandon(abandoned)
+    policy.perturb(seed=1)
+    plan_update(decoder._model, policy.stage(PolicyVersion(1, 1))).apply()
+    decoder.switch_version(PolicyVersion(1, 1), InstallMode.RECOMPUTE)
+    monkeypatch.setattr(decoder_module, "_PREFILL_TOKENS", 30)
+    num_batches = 0
+    while decoder.has_outdated:
+        decoder.recompute()
+        num_batches += 1
+    assert num_batches == 2
+    ended = run(decoder)
+    assert emissions == []
+    assert set(ended) == set(sequences)
+    for sequence, chunks in ended.items():
+        assert [len(chunk.token_ids) for chunk in chunks] == [3, 9]
+        expected = policy.logprobs(sequence.request.prompt_ids, tokens_of(chunks))
+        assert logprobs_of(chunks)[3:] == pytest.approx(expected[3:], abs=1e-4)
