@@ -37,7 +37,11 @@ from penstock.weights.segment import (
 )
 
 _POLL_SECONDS = 0.005
-_FAMILY = "penstock-engine"
+
+
+def prefix_of(layout: str) -> str:
+    """What the names of a layout's files begin with; each user has files of his own."""
+    return f"penstock-engine-{os.geteuid()}-{layout}"
 
 
 class HostRing:
@@ -46,7 +50,7 @@ class HostRing:
     def __init__(self, *, layout: str, num_bytes: int) -> None:
         """layout: the same for all engines that read the same bytes in the same places."""
         remove_abandoned()
-        self._prefix = f"{_FAMILY}-{layout}"
+        self._prefix = prefix_of(layout)
         self._num_bytes = num_bytes
         self._members = _open_lock(segment_folder() / f"{self._prefix}.members", fcntl.LOCK_SH)
         self._writer = _open_lock(segment_folder() / f"{self._prefix}.writer", fcntl.LOCK_UN)
@@ -92,8 +96,7 @@ class HostRing:
         """Leaves; the last one to leave removes the files. Who has them mapped keeps the bytes."""
         while self._segments:
             self._segments.popitem()[1].close()
-        if _try_lock(self._members, fcntl.LOCK_EX):
-            _remove_files(self._prefix)
+        _remove_if_alone(self._prefix, self._members)
         os.close(self._writer)
         os.close(self._members)
 
@@ -139,17 +142,19 @@ class HostRing:
 
 def remove_abandoned() -> None:
     """Removes the segments of actors that were killed, whatever their layout."""
-    for path in segment_folder().glob(f"{_FAMILY}-*.members"):
+    for path in segment_folder().glob(f"{prefix_of('*')}.members"):
         with contextlib.suppress(FileNotFoundError):
             file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
-                if _try_lock(file, fcntl.LOCK_EX):
-                    _remove_files(path.name.removesuffix(".members"))
+                _remove_if_alone(path.name.removesuffix(".members"), file)
             finally:
                 os.close(file)
 
 
-def _remove_files(prefix: str) -> None:
+def _remove_if_alone(prefix: str, members: int) -> None:
+    """Removes a layout's files, unless another actor uses them, or has removed them already."""
+    if not _try_lock(members, fcntl.LOCK_EX) or not os.fstat(members).st_nlink:
+        return
     for path in find_segments(prefix):
         path.unlink(missing_ok=True)
     for kind in ("writer", "members"):

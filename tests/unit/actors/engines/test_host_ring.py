@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from actors.engines.host_ring import HostRing, remove_abandoned
+from actors.engines.host_ring import HostRing, prefix_of, remove_abandoned
 from penstock.errors import WeightTransferError
 from penstock.weights.manifest import SharedMemoryMedium
 from penstock.weights.segment import find_segments, open_segment
@@ -140,19 +140,19 @@ def test_the_last_to_leave_removes_the_files(layout: str) -> None:
     first, second = (HostRing(layout=layout, num_bytes=NUM_BYTES) for _ in range(2))
     hold(first, 1)
     first.close()
-    assert len(find_segments(f"penstock-engine-{layout}")) == 1
+    assert len(find_segments(prefix_of(layout))) == 1
     assert content(hold(second, 1)) == 1
     second.close()
-    assert find_segments(f"penstock-engine-{layout}") == []
+    assert find_segments(prefix_of(layout)) == []
 
 
 _KILLED = """
 import os, signal, sys
-from actors.engines.host_ring import HostRing
+from actors.engines.host_ring import HostRing, prefix_of
 from penstock.weights.segment import find_segments
 def write(payload):
     payload[:32] = 7
-    print(len(find_segments("penstock-engine-" + sys.argv[1])), flush=True)
+    print(len(find_segments(prefix_of(sys.argv[1]))), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 HostRing(layout=sys.argv[1], num_bytes=64).hold(f"{2:064x}", write, timeout_seconds=30)
 """
@@ -176,4 +176,4 @@ def test_what_killed_actors_left_behind_is_removed(layout: str) -> None:
     )
     assert killed.stdout == b"1\n"
     remove_abandoned()
-    assert find_segments(f"penstock-engine-{layout}") == []
+    assert find_segments(prefix_of(layout)) == []
