@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -250,3 +252,24 @@ def test_tensors_of_other_sizes_have_no_delta() -> None:
 def test_the_layout_of_a_version_does_not_depend_on_the_data() -> None:
     old, new = versions()
     assert plan_layout(old) == plan_layout(new)
+
+
+def test_programs_that_need_no_deltas_do_not_load_the_codec() -> None:
+    source = (
+        "import sys, penstock.weights.fetch, penstock.weights.version_log\n"
+        "assert not {'numba', 'zstandard', 'penstock.weights.delta'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", source], check=True, timeout=60)
+
+
+def test_an_installation_that_cannot_be_written_to_compiles_without_a_cache() -> None:
+    """As in a container with a read-only file system, whose user has no home."""
+    source = (
+        "import numba.core.caching as caching\n"
+        "caching.CacheImpl._locator_classes = []\n"
+        "import numpy as np\n"
+        "from penstock.weights.delta import FrameEncoder\n"
+        "old = np.zeros(100, np.uint16)\n"
+        "assert FrameEncoder().encode(0, old, old + np.uint16(1))"
+    )
+    subprocess.run([sys.executable, "-c", source], check=True, timeout=120)
