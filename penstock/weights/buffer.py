@@ -16,6 +16,11 @@ _MANY = 16
 _MAX_THREADS = 4
 
 
+def num_threads() -> int:
+    """How many threads work on one version."""
+    return min(_MAX_THREADS, os.cpu_count() or 1)
+
+
 class ChunkBuffer:
     """One blob's bytes, and which of its chunks are verified to be there."""
 
@@ -88,7 +93,7 @@ class ChunkBuffer:
             results = [holds(index) for index in indices]
         else:
             # BLAKE3 runs without the interpreter's lock.
-            with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
+            with ThreadPoolExecutor(num_threads()) as threads:
                 results = list(threads.map(holds, indices, chunksize=_MANY))
         for index, result in zip(indices, results, strict=True):
             self._present[index] = result

@@ -9,6 +9,7 @@ Applying goes on while bytes arrive: delta by delta, or block by block of the sn
 
 from __future__ import annotations
 
+import bisect
 import collections
 import contextlib
 import logging
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.errors import WeightTransferError
-from penstock.weights.buffer import ChunkBuffer
+from penstock.weights.buffer import ChunkBuffer, num_threads
 from penstock.weights.manifest import Blob, Delta, Manifest, Medium, Snapshot
 from penstock.weights.media.base import Patience, WeightReceiver
 
@@ -189,21 +190,21 @@ def _advance_by_delta(
     staging: ChunkBuffer,
     patience: Patience,
 ) -> None:
-    """Applies each delta to the whole version while the following ones arrive."""
-    from penstock.weights.delta import AppliedDelta, FrameDecoder
+    """Applies the deltas that are here to the whole version while the following ones arrive."""
+    from penstock.weights.delta import apply_all
 
-    target, decoder, applied = staging.packed, FrameDecoder(), 0
-    parts: list[NDArray[np.uint8]] = []
+    target, applied = staging.packed, 0
+    ends = [start + delta.num_bytes for start, delta in zip(chain.starts, chain.deltas, strict=True)]
     for here in arrivals:
-        ends = (start + delta.num_bytes for start, delta in zip(chain.starts, chain.deltas, strict=True))
-        complete = sum(end <= here for end in ends)
-        if complete and not applied:
-            parts = list(chain.parts(arrived.packed))
+        complete = bisect.bisect_right(ends, here)
+        if complete == applied:
+            continue
+        patience.check("deltas to be applied")
+        if not applied:
             staging.invalidate(0, target.size)
             target[:] = base.packed
-        for part in parts[applied:complete]:
-            patience.check("deltas to be applied")
-            AppliedDelta(part, target.size).apply(decoder, target, target.size)
+        parts = list(chain.parts(arrived.packed))[applied:complete]
+        apply_all(parts, target, num_threads=num_threads())
         applied = complete
     staging.verify(staging.missing())
 

@@ -29,6 +29,7 @@ import itertools
 import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -248,6 +249,26 @@ class AppliedDelta:
         while self._next is not None and self._next.end <= end:
             decoder.apply(self._delta, self._next, version[self._next.offset : self._next.end])
             self._next = next(self._frames, None)
+
+
+def apply_all(deltas: Sequence[NDArray[np.uint8]], version: NDArray[np.uint8], *, num_threads: int) -> None:
+    """Applies deltas one after the other, in place: all of them to a block while it is in the cache.
+
+    Raises WeightTransferError.
+    """
+    blocks: dict[int, list[tuple[NDArray[np.uint8], Frame]]] = {}
+    for delta in deltas:
+        for frame in frames_of(delta, version.size):
+            blocks.setdefault(frame.offset // FRAME_BYTES, []).append((delta, frame))
+
+    def apply_block(frames: list[tuple[NDArray[np.uint8], Frame]]) -> None:
+        decoder = FrameDecoder()
+        for delta, frame in frames:
+            decoder.apply(delta, frame, version[frame.offset : frame.end])
+
+    # The loops and zstd run without the interpreter's lock.
+    with ThreadPoolExecutor(num_threads) as threads:
+        list(threads.map(apply_block, blocks.values()))
 
 
 def merge(deltas: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:

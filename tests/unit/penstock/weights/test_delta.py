@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import struct
 import subprocess
 import sys
@@ -20,12 +21,13 @@ from penstock.weights.delta import (
     AppliedDelta,
     FrameDecoder,
     FrameEncoder,
+    apply_all,
     encode_version,
     frames_of,
 )
 from penstock.weights.manifest import HostTensor, plan_layout
 from penstock.weights.staged import stage
-from tests.weight_fixtures import tensor
+from tests.weight_fixtures import moved, tensor
 
 Bytes = NDArray[np.uint8]
 
@@ -273,3 +275,19 @@ def test_an_installation_that_cannot_be_written_to_compiles_without_a_cache() ->
         "assert FrameEncoder().encode(0, old, old + np.uint16(1))"
     )
     subprocess.run([sys.executable, "-c", source], check=True, timeout=120)
+
+
+def test_deltas_one_behind_the_other_are_applied_by_several_threads() -> None:
+    contents = [versions()[0]]
+    for step in range(3):
+        contents.append(moved(contents[-1], step))
+    staged = [stage(PolicyVersion(1, step), content) for step, content in enumerate(contents)]
+    deltas = [
+        np.frombuffer(encode_version(new.manifest.tensors, old.buffer, new.buffer), dtype=np.uint8)
+        for old, new in itertools.pairwise(staged)
+    ]
+    made = staged[0].buffer.copy()
+    apply_all(deltas, made, num_threads=2)
+    assert np.array_equal(made, staged[-1].buffer)
+    with pytest.raises(WeightTransferError):
+        apply_all([deltas[0][:-1]], made, num_threads=2)
