@@ -80,7 +80,7 @@ def line(status: pb.GetStatusResponse) -> str:
     return (
         f"version {_version(status)} of {status.num_steps}  reward {reward}  "
         f"lag {metrics.get('lag_mean', 0.0):.1f} (max {metrics.get('lag_max', 0.0):.0f} of {status.max_lag})  "
-        f"{status.tokens_per_second:,.0f} tokens/s  actors {len(status.actors)}  "
+        f"{status.tokens_per_second:,.0f} tokens/s  actors {len(status.actors)} of {status.actors_wanted} wanted  "
         f"trained {ledger.trained:,}  pending {ledger.pending:,}  imbalance {ledger.imbalance}"
     )
 

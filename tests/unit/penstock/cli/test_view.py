@@ -46,6 +46,7 @@ def a_status() -> pb.GetStatusResponse:
         ],
         num_groups_open=12,
         num_groups_ready=3,
+        actors_wanted=3,
     )
 
 
@@ -168,6 +169,6 @@ def test_a_line_for_logs(with_metrics: bool) -> None:
 
     reward, lag, most = ("0.812", "2.1", "3") if with_metrics else ("-", "0.0", "0")
     assert line(status) == (
-        f"version 1.37 of 100  reward {reward}  lag {lag} (max {most} of 4)  1,234 tokens/s  actors 1  "
+        f"version 1.37 of 100  reward {reward}  lag {lag} (max {most} of 4)  1,234 tokens/s  actors 1 of 3 wanted  "
         "trained 4,736  pending 371  imbalance 0"
     )
