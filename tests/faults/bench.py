@@ -232,8 +232,8 @@ class Bench:
         self.tasks[name] = asyncio.create_task(made.run(), name=name)
         return made
 
-    def actor_process(self, name: str, *options: str, address: str = "", **environ: str) -> Process:
-        command = [sys.executable, "-m", "tests.faults.scripted_actor", address or self.address]
+    def actor_process(self, name: str, *options: str, within: Sequence[str] = (), **environ: str) -> Process:
+        command = [*within, sys.executable, "-m", "tests.faults.scripted_actor", self.address]
         arguments = ["--name", name, "--history", str(self.history(name)), *options]
         return self._process(name, [*command, *arguments], **environ)
 

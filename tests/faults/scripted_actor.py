@@ -57,6 +57,8 @@ class Script:
     fault: Callable[[Lease], EnvironmentFault | None] = field(default_factory=lambda: lambda lease: None)
     """Raised instead of a trajectory."""
     install_seconds: float = 0.0
+    hoard_bytes: int = 0
+    """Memory that each token takes and never gives back."""
 
 
 def trajectory_of(
@@ -140,6 +142,7 @@ class ScriptedPlayer:
         self._author = author
         self.lengths: list[int] = []
         """Of every rollout that came to its end."""
+        self._hoard: list[bytes] = []
 
     async def play(self, lease: Lease, session_id: str, progress: Progress) -> Trajectory:
         versions: list[PolicyVersion] = []
@@ -150,6 +153,7 @@ class ScriptedPlayer:
             assert self._engine.installed is not None
             versions.append(self._engine.installed)
             progress.num_tokens += 1
+            self._hoard.append(b"x" * self._script.hoard_bytes)
             self._engine.num_tokens += 1
         if fault is not None:
             raise fault
@@ -225,7 +229,11 @@ class ScriptedActor:
 
 
 async def _run(arguments: argparse.Namespace) -> None:
-    script = Script(num_tokens=fixed(arguments.num_tokens), token_seconds=arguments.token_seconds)
+    script = Script(
+        num_tokens=fixed(arguments.num_tokens),
+        token_seconds=arguments.token_seconds,
+        hoard_bytes=arguments.hoard_bytes,
+    )
     actor = ScriptedActor(arguments.address, arguments.name, arguments.history, script=script)
     actor.stop.on_signals()
     async with task_group() as tasks:
@@ -239,6 +247,7 @@ def main() -> None:
     parser.add_argument("--history", type=Path, required=True)
     parser.add_argument("--num-tokens", type=int, default=4)
     parser.add_argument("--token-seconds", type=float, default=0.002)
+    parser.add_argument("--hoard-bytes", type=int, default=0)
     uvloop.run(_run(parser.parse_args()))
 
 

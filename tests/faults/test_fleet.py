@@ -178,7 +178,7 @@ async def test_actors_come_and_go_from_none_to_many_and_back(tmp_path: Path):
     assert findings.trained == 30 * 4 * 4
 
 
-@pytest.mark.parametrize("grace_seconds", [30, 15])
+@pytest.mark.parametrize("grace_seconds", [pytest.param(30, marks=pytest.mark.slow), 15])
 async def test_sigterm_hands_leases_back_at_once(tmp_path: Path, grace_seconds: int):
     async with Bench(tmp_path, num_steps=6) as bench:
         await bench.start()

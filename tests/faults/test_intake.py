@@ -144,6 +144,31 @@ def code_of(verdict: pb.Verdict) -> str:
     return pb.RejectionCode.Name(verdict.code).removeprefix("REJECTION_CODE_").lower()
 
 
+async def test_a_flood_of_stale_results_is_counted_and_trained_none_of(tmp_path: Path):
+    """From an actor that is many versions behind what its leases were granted under."""
+    async with Bench(tmp_path, num_steps=12, fleet=PATIENT_FLEET) as bench:
+        await bench.start()
+        bench.actor("good")
+        await bench.reached(6)
+        await bench.abandon("good")
+        num_stale = 0
+        async with RawActor(bench.address, "good") as raw:
+            for _ in range(5):
+                leases = await raw.acquire(8)
+                items = [
+                    item(number, trajectory_of(lease, [FIRST] * 3))
+                    for number, lease in enumerate(leases, start=num_stale + 1)
+                ]
+                (answer,) = await raw.submit(items)
+                assert {verdict.kind for verdict in answer.verdicts} == {pb.VERDICT_KIND_STALE}
+                num_stale += len(items)
+            bench.actor("good")
+            await bench.trained()
+        bench.check()
+        assert num_stale >= 5
+        assert bench.tally()["stale"] == num_stale
+
+
 async def test_a_message_over_the_limit_is_refused_and_costs_no_memory(
     tmp_path: Path, fault_length: FaultLength
 ):

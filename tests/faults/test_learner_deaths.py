@@ -29,11 +29,11 @@ async def undisturbed(folder: Path, num_steps: int) -> list[tuple[int, int, int]
         return schedule_of(bench)
 
 
-@pytest.mark.parametrize("victim", ["coordinator", "trainer", "both"])
+@pytest.mark.parametrize("victim", ["coordinator", "trainer", pytest.param("both", marks=pytest.mark.slow)])
 async def test_whoever_dies_the_run_trains_what_an_undisturbed_one_does(
     tmp_path: Path, victim: str, fault_length: FaultLength
 ):
-    num_kills = fault_length.of(short=5, long=200)
+    num_kills = fault_length.of(short=3, long=200)
     num_steps = 4 * num_kills + 4
     rng = random.Random(victim)
     expected = await undisturbed(tmp_path / "undisturbed", num_steps)

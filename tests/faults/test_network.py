@@ -61,7 +61,15 @@ async def test_a_short_partition_costs_no_lease(tmp_path: Path):
         assert attempts == {0}, "nothing was leased twice"
 
 
-@pytest.mark.parametrize("how", ["both ways", "towards the learner", "towards the actor", "half-open"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "both ways",
+        pytest.param("towards the learner", marks=pytest.mark.slow),
+        pytest.param("towards the actor", marks=pytest.mark.slow),
+        "half-open",
+    ],
+)
 async def test_a_long_partition_leases_again_and_trains_nothing_twice(tmp_path: Path, how: str):
     async with Bench(tmp_path, num_steps=8) as bench:
         await bench.start(step_seconds=0.1)
@@ -83,7 +91,7 @@ async def test_a_long_partition_leases_again_and_trains_nothing_twice(tmp_path: 
         bench.check()
 
 
-@pytest.mark.parametrize("latency_seconds", [0.05, 0.2])
+@pytest.mark.parametrize("latency_seconds", [pytest.param(0.05, marks=pytest.mark.slow), 0.2])
 async def test_a_slow_link_only_takes_longer(tmp_path: Path, latency_seconds: float):
     async with Bench(tmp_path, num_steps=4, fleet=PATIENT_FLEET) as bench:
         await bench.start()
