@@ -53,10 +53,10 @@ async def fails_with(bench: Bench, within: tuple[str, ...], reason: str) -> None
 @pytest.mark.parametrize(
     ("calls", "error", "when", "reason"),
     [
-        ("fdatasync,fsync", "EIO", "12", "disk I/O error"),
+        pytest.param("fdatasync,fsync", "EIO", "12", "disk I/O error", marks=pytest.mark.slow),
         pytest.param("fdatasync,fsync", "EIO", "40", "disk I/O error", marks=pytest.mark.slow),
         ("pwrite64", "ENOSPC", "300+", "full"),
-        ("pwrite64", "EIO", "400", "disk I/O error"),
+        pytest.param("pwrite64", "EIO", "400", "disk I/O error", marks=pytest.mark.slow),
         pytest.param("pwrite64", "EROFS", "350+", "disk I/O error", marks=pytest.mark.slow),
     ],
 )
@@ -117,6 +117,7 @@ async def test_a_torn_tail_of_the_log_is_cut_and_nothing_acknowledged_is_lost(tm
         bench.check()
 
 
+@pytest.mark.slow
 async def test_a_flipped_bit_in_the_database_is_refused_at_the_start(tmp_path: Path):
     async with Bench(tmp_path, num_steps=8, fleet=RESTART_FLEET) as bench:
         await bench.start()

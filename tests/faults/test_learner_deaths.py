@@ -29,7 +29,14 @@ async def undisturbed(folder: Path, num_steps: int) -> list[tuple[int, int, int]
         return schedule_of(bench)
 
 
-@pytest.mark.parametrize("victim", ["coordinator", "trainer", pytest.param("both", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "victim",
+    [
+        pytest.param("coordinator", marks=pytest.mark.slow),
+        pytest.param("trainer", marks=pytest.mark.slow),
+        "both",
+    ],
+)
 async def test_whoever_dies_the_run_trains_what_an_undisturbed_one_does(
     tmp_path: Path, victim: str, fault_length: FaultLength
 ):
