@@ -19,22 +19,9 @@ def works(*command: str) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-needs_strace = pytest.mark.skipif(
-    shutil.which("strace") is None
-    or not works("strace", "-f", "-qq", "-e", "inject=fdatasync:error=EIO:when=1", "true"),
-    reason="strace is not installed, or may not trace here",
-)
 needs_mounts = pytest.mark.skipif(
     not works("unshare", "--mount", "true"), reason="this user may not make mount namespaces"
 )
-
-
-def failing(calls: str, error: str, when: str, log: Path) -> tuple[str, ...]:
-    """Runs a command whose system calls fail from a moment on."""
-    return (
-        *("strace", "-f", "-qq", "--seccomp-bpf", "-o", str(log)),
-        *("-e", f"trace={calls}", "-e", f"inject={calls}:error={error}:when={when}"),
-    )
 
 
 async def fails_with(bench: Bench, within: tuple[str, ...], reason: str) -> None:
@@ -47,27 +34,6 @@ async def fails_with(bench: Bench, within: tuple[str, ...], reason: str) -> None
     assert "a commit failed, nothing more is acknowledged" in coordinator.output()
     assert reason in coordinator.output()
     assert "Traceback" not in coordinator.output()
-
-
-@needs_strace
-@pytest.mark.parametrize(
-    ("calls", "error", "when", "reason"),
-    [
-        pytest.param("fdatasync,fsync", "EIO", "12", "disk I/O error", marks=pytest.mark.slow),
-        pytest.param("fdatasync,fsync", "EIO", "40", "disk I/O error", marks=pytest.mark.slow),
-        ("pwrite64", "ENOSPC", "300+", "full"),
-        pytest.param("pwrite64", "EIO", "400", "disk I/O error", marks=pytest.mark.slow),
-        pytest.param("pwrite64", "EROFS", "350+", "disk I/O error", marks=pytest.mark.slow),
-    ],
-)
-async def test_a_disk_that_fails_ends_the_coordinator_and_loses_nothing(
-    tmp_path: Path, calls: str, error: str, when: str, reason: str
-):
-    async with Bench(tmp_path, num_steps=12, fleet=RESTART_FLEET) as bench:
-        await fails_with(bench, failing(calls, error, when, tmp_path / "strace.log"), reason)
-        await bench.start()
-        await bench.trained()
-        bench.check()
 
 
 FULL_DISK = """
