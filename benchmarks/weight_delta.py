@@ -7,7 +7,7 @@ told as a delta on the one before it, by one thread. The peer is what one would 
 one's own: XOR of the two versions, compressed by zstd at level 1.
 
     ratio_first, ratio_steady   bytes of bf16 weights over bytes of the delta: of step 1, of the last ten
-    encode_gb_per_s             gigabytes of weights a second, both versions in memory
+    encode_gb_per_s             gigabytes of weights a second of a thread's processor time
     decode_gb_per_s             the same, decoding and applying in place
     ratio_xor_zstd              the peer's ratio_steady
 """
@@ -87,9 +87,10 @@ def publish(policy: Qwen3ForCausalLM) -> tuple[tuple[TensorEntry, ...], Version]
 
 
 def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
+    """Of the processor, for this one thread: what else the machine does is not counted."""
+    began = time.thread_time()
     work()
-    return time.perf_counter() - began
+    return time.thread_time() - began
 
 
 def apply(delta: Version, version: Version) -> None:
