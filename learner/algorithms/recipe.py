@@ -16,6 +16,7 @@ class Preset(StrEnum):
     REINFORCE_PLUS_PLUS = "reinforce_plus_plus"
     DECOUPLED_PPO = "decoupled_ppo"
     DPPO_TV = "dppo_tv"
+    PPO = "ppo"
     ONLINE_DPO = "online_dpo"
     """Pairs from groups: preference_recipe.py has its settings."""
 
@@ -26,6 +27,8 @@ class Advantage(StrEnum):
     LEAVE_ONE_OUT = "leave_one_out"
     BATCH_STD = "batch_std"
     GROUP_MEAN_BATCH_STD = "group_mean_batch_std"
+    GAE = "gae"
+    """Per token, from a critic that is trained beside the policy."""
 
 
 class Level(StrEnum):
@@ -123,12 +126,19 @@ class Recipe:
     overlong_penalty: float = 0.0
     dynamic_sampling: bool = False
     max_refills: int = 10
+    gae_gamma: float = 1.0
+    gae_lambda: float = 0.95
+    critic_learning_rate: float = 1e-5
     updates_per_step: int = 1
 
     @property
     def ratio_moves(self) -> bool:
         """Whether the ratio can differ from 1, so that a clip has something to hold."""
         return self.proximal is not Proximal.START or self.updates_per_step > 1
+
+    @property
+    def has_critic(self) -> bool:
+        return self.advantage is Advantage.GAE
 
     @property
     def has_reference(self) -> bool:
@@ -155,4 +165,5 @@ PRESETS: dict[Preset, Recipe] = {
         proximal=Proximal.START, correction=Correction.TRUNCATE, correction_high=5.0
     ),
     Preset.DPPO_TV: Recipe(clip=Clip.NONE, correction=Correction.TOTAL_VARIATION, correction_threshold=0.2),
+    Preset.PPO: Recipe(advantage=Advantage.GAE),
 }

@@ -68,6 +68,11 @@ class AlgorithmConfig:
     max_refills: int | None = None
     """Steps' worth of groups that may be dropped for one step; after that, groups are trained as they are."""
 
+    gae_gamma: float | None = None
+    """Discount of later rewards, a token."""
+    gae_lambda: float | None = None
+    """1 takes whole returns for targets, 0 the critic's next estimate."""
+    critic_learning_rate: float | None = None
     loss: PreferenceLoss | None = None
     """online_dpo: the loss of a pair."""
     beta: float | None = None
@@ -151,6 +156,9 @@ def _unused(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "overlong_penalty", "overlong_share is 0"
     if not recipe.dynamic_sampling:
         yield "max_refills", "dynamic_sampling is off"
+    if not recipe.has_critic:
+        reason = f"advantage is {recipe.advantage}"
+        yield from _all(("gae_gamma", "gae_lambda", "critic_learning_rate"), reason)
 
 
 def _all(names: tuple[str, ...], reason: str) -> Iterator[tuple[str, str]]:
@@ -162,6 +170,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "clip_low": (0.0, 1.0),
     "correction_low": (0.0, 1.0),
     "overlong_share": (0.0, 1.0),
+    "gae_gamma": (0.0, 1.0),
+    "gae_lambda": (0.0, 1.0),
 }
 _AT_LEAST: dict[str, float] = {
     "updates_per_step": 1,
@@ -173,6 +183,7 @@ _AT_LEAST: dict[str, float] = {
     "aggregation_tokens": 0,
     "kl_coefficient": 0.0,
     "overlong_penalty": 0.0,
+    "critic_learning_rate": 0.0,
 }
 
 

@@ -144,6 +144,15 @@ class Checkpoints:
             _load(self._folder / f"{_PREFIX}{step:08d}", self._updater)
         return step
 
+    def load(self, step: int) -> None:
+        """Loads the checkpoint of a step. Raises ConfigError if there is no sound one."""
+        path = self._folder / f"{_PREFIX}{step:08d}"
+        try:
+            verify(path)
+        except CheckpointDamaged as damage:
+            raise ConfigError(f"{path}: cannot be resumed from: {damage}") from damage
+        _load(path, self._updater)
+
     def _aside(self, step: int) -> Path:
         return self._folder / f".{_PREFIX}{step:08d}.writing"
 

@@ -24,6 +24,7 @@ from learner.algorithms.sequences import Sequences
 from learner.algorithms.sums import Sums
 from learner.training.batch import Batch, batch_metrics
 from learner.training.compose import compose_aggregation, compose_parts
+from learner.training.critic import Critic, critic_metrics
 from learner.training.packing import PackedRow, TokenSequence
 from learner.training.policy import TokenScores
 from learner.training.preparation import (
@@ -55,9 +56,11 @@ class PolicyGradient:
         max_tokens: int,
         seed: int,
         reference: Reference | None = None,
+        critic: Critic | None = None,
     ) -> None:
-        """max_tokens: the run's longest answer. reference: only where the recipe has a divergence."""
+        """max_tokens: the run's longest answer. reference, critic: where the recipe has one, and only there."""
         assert (reference is not None) == recipe.has_reference
+        assert (critic is not None) == recipe.has_critic
         self._updater = updater
         self._recipe = recipe
         self._parts = compose_parts(recipe)
@@ -65,18 +68,25 @@ class PolicyGradient:
         self._max_tokens = max_tokens
         self._seed = seed
         self._reference = reference
+        self._critic = critic
 
     def step(self, batch: Batch, version: PolicyVersion, *, learning_rate: float) -> StepReport:
         sequences = [token_sequence(trajectory) for trajectory in batch.trajectories()]
         reference = self._reference.score(sequences) if self._reference else None
-        advantages = self._advantages(batch, reference)
+        targets = None
+        if self._critic is None:
+            advantages = self._advantages(batch, reference)
+        else:
+            advantages, targets = self._critic.advantages(sequences, self._token_rewards(batch, reference))
         prepared = [
             prepare(trajectory, advantage, version)
             for trajectory, advantage in zip(batch.trajectories(), advantages, strict=True)
         ]
         start = self._updater.score(sequences) if self._is_scored else None
         keep = self._kept(prepared, start) if start else None
-        return self._update(batch, prepared, learning_rate, reference=reference, start=start, keep=keep)
+        return self._update(
+            batch, prepared, learning_rate, reference=reference, start=start, keep=keep, targets=targets
+        )
 
     @property
     def _is_scored(self) -> bool:
@@ -96,6 +106,19 @@ class PolicyGradient:
             )
         ]
 
+    def _token_rewards(self, batch: Batch, reference: Scores | None) -> list[NDArray[np.float64]]:
+        """[S] a trajectory: its reward comes with its last token, and what the divergence costs with each."""
+        rewards = np.concatenate(shaped_rewards(batch, self._recipe, max_tokens=self._max_tokens))
+        found = []
+        for number, (trajectory, reward) in enumerate(zip(batch.trajectories(), rewards, strict=True)):
+            rewards_S = np.zeros(trajectory.num_sampled)
+            if self._recipe.kl is Divergence.K1 and reference is not None:
+                moved_S = behaviour_logprobs(trajectory).astype(np.float64) - reference[number]
+                rewards_S -= self._recipe.kl_coefficient * moved_S
+            rewards_S[-1] += reward
+            found.append(rewards_S)
+        return found
+
     def _kept(self, prepared: Sequence[Prepared], start: Scores) -> list[NDArray[np.bool_]] | None:
         if self._recipe.correction is not Correction.SECOND_MOMENT:
             return None
@@ -113,12 +136,14 @@ class PolicyGradient:
         reference: Scores | None,
         start: Scores | None,
         keep: list[NDArray[np.bool_]] | None,
+        targets: Scores | None,
     ) -> StepReport:
         parts = minibatches(
             len(prepared), updates_per_step=self._recipe.updates_per_step, seed=self._seed, step=batch.step
         )
-        before = Snapshot(self._updater) if len(parts) > 1 else None
-        reports = []
+        before = [Snapshot(self._updater)] if len(parts) > 1 or self._critic else []
+        before += [self._critic.snapshot()] if self._critic else []
+        reports, critic_reports = [], []
         for part in parts:
             objective = Objective(
                 [prepared[i] for i in part],
@@ -130,11 +155,16 @@ class PolicyGradient:
                 keep=keep and [keep[i] for i in part],
             )
             reports.append(self._updater.update(objective.sequences, objective, learning_rate=learning_rate))
-            if not reports[-1].is_finite:
-                if before is not None:
-                    before.restore()
-                return StepReport(metrics={}, failure=describe_failure(reports[-1]))
+            if self._critic and targets:
+                critic_reports.append(self._critic.update(objective.sequences, [targets[i] for i in part]))
+            failed = next((r for r in (reports[-1], *critic_reports[-1:]) if not r.is_finite), None)
+            if failed is not None:
+                for snapshot in before:
+                    snapshot.restore()
+                return StepReport(metrics={}, failure=describe_failure(failed))
         measured = update_metrics(reports) | summarise(total_sums(reports))
+        if targets:
+            measured |= critic_metrics(critic_reports, targets)
         return StepReport(metrics=batch_metrics(batch) | measured | {"learning_rate": learning_rate})
 
 

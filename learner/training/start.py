@@ -16,6 +16,7 @@ from learner.config import RunConfig
 from learner.training.checkpoint import Checkpoints
 from learner.training.config import TrainingConfig
 from learner.training.coordinator import Coordinator, GrpcCoordinator, Lineage
+from learner.training.critic import CheckpointsWithCritic, Critic
 from learner.training.loop import CheckpointLog, Position, Skips, Training, Versions
 from learner.training.model import load_policy
 from learner.training.online_dpo import OnlineDpo
@@ -25,6 +26,7 @@ from learner.training.parallel import Ranks, open_ranks, place
 from learner.training.policy_gradient import PolicyGradient
 from learner.training.publish import Publisher, WeightSink
 from learner.training.reference import Reference
+from learner.training.scalar import load_scalar_model
 from learner.training.step import Algorithm
 from learner.training.stopping import StopOnSignal
 from learner.training.updater import Updater
@@ -72,9 +74,10 @@ def train(
 ) -> Position:
     """Resumes from the newest checkpoint and trains. Returns where it ended."""
     updater = make_updater(config, ranks)
-    algorithm = make_algorithm(config, updater)
+    critic = make_critic(config, ranks)
+    algorithm = make_algorithm(config, updater, critic)
     checkpoints = CheckpointLog(
-        Checkpoints(config.run_dir / "checkpoints", updater, keep=config.training.checkpoint.keep),
+        _checkpoints(config, updater, critic),
         coordinator,
         ranks,
         every_steps=config.training.checkpoint.every_steps,
@@ -130,14 +133,41 @@ def make_updater(config: RunConfig, ranks: Ranks) -> Updater:
     )
 
 
-def make_algorithm(config: RunConfig, updater: Updater) -> Algorithm:
+def make_critic(config: RunConfig, ranks: Ranks) -> Critic | None:
+    """A second model, where the run's algorithm wants one. Raises ConfigError."""
+    training, recipe = config.training, config.algorithm.recipe()
+    if isinstance(recipe, OnlineRecipe) or not recipe.has_critic:
+        return None
+    model = load_scalar_model(config.policy, activation_checkpointing=training.activation_checkpointing)
+    place(model, ranks, training.precision)
+    updater = Updater(
+        model,
+        make_optimizer(model, training.optimizer),
+        ranks,
+        row_tokens=training.row_tokens,
+        max_grad_norm=training.optimizer.max_grad_norm,
+    )
+    rate = recipe.critic_learning_rate
+    return Critic(updater, learning_rate=rate, gamma=recipe.gae_gamma, lam=recipe.gae_lambda)
+
+
+def _checkpoints(config: RunConfig, updater: Updater, critic: Critic | None) -> Checkpoints:
+    folder, keep = config.run_dir / "checkpoints", config.training.checkpoint.keep
+    if critic is None:
+        return Checkpoints(folder, updater, keep=keep)
+    return CheckpointsWithCritic(folder, updater, critic, keep=keep)
+
+
+def make_algorithm(config: RunConfig, updater: Updater, critic: Critic | None = None) -> Algorithm:
     """What the run's `[algorithm]` says. Call it before a checkpoint is loaded: a reference is the initial policy."""
     recipe = config.algorithm.recipe()
     reference = Reference(updater) if recipe.has_reference else None
     if isinstance(recipe, OnlineRecipe):
         return OnlineDpo(updater, recipe, seed=config.seed, reference=reference)
     max_tokens = config.sampling.max_tokens
-    return PolicyGradient(updater, recipe, max_tokens=max_tokens, seed=config.seed, reference=reference)
+    return PolicyGradient(
+        updater, recipe, max_tokens=max_tokens, seed=config.seed, reference=reference, critic=critic
+    )
 
 
 def _open_sink(lineage: Lineage, stack: ExitStack) -> WeightSink:

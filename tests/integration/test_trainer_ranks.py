@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 
+from learner.algorithms.recipe import Preset
 from learner.config import RunConfig, ScheduleConfig
 from learner.training.algorithm_config import AlgorithmConfig
 from learner.training.checkpoint import POLICY, CheckpointReader, newest
@@ -38,7 +39,9 @@ COMPARED = (
 )
 
 
-def write_run(tmp_path: Path, name: str, *, num_steps: int = 4) -> RunConfig:
+def write_run(
+    tmp_path: Path, name: str, *, num_steps: int = 4, algorithm: AlgorithmConfig | None = None
+) -> RunConfig:
     if not (tmp_path / "policy").exists():
         write_tiny_policy(tmp_path / "policy")
     run_dir = tmp_path / name
@@ -48,7 +51,7 @@ def write_run(tmp_path: Path, name: str, *, num_steps: int = 4) -> RunConfig:
         environments=("127.0.0.1:1",),
         run_dir=run_dir,
         schedule=ScheduleConfig(num_steps=num_steps),
-        algorithm=AlgorithmConfig(updates_per_step=2),
+        algorithm=algorithm or AlgorithmConfig(updates_per_step=2),
         training=TrainingConfig(
             device=Device.CPU,
             row_tokens=48,
@@ -108,6 +111,23 @@ def test_two_ranks_give_the_losses_of_one_and_listen_on_loopback_only(tmp_path: 
         for name in COMPARED:
             expected = alone.metrics[step][name]
             assert server.metrics[step][name] == pytest.approx(expected, rel=1e-5, abs=1e-5), (step, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", [Preset.GSPO, Preset.PPO, Preset.ONLINE_DPO])
+def test_two_ranks_give_the_losses_of_one_with_every_kind_of_loss(tmp_path: Path, preset: Preset) -> None:
+    """Sequence ratios, a critic, and pairs whose answers lie on different ranks."""
+    algorithm = AlgorithmConfig(preset=preset, updates_per_step=2)
+    with TrainerServer() as server:
+        config = write_run(tmp_path, "two", algorithm=algorithm)
+        with trainer(config, server, num_ranks=2) as process:
+            _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    alone = train_here(write_run(tmp_path, "one", algorithm=algorithm), FakeCoordinator())
+    for step in range(1, 5):
+        for name in ("loss", "grad_norm", "ratio_mean", "ess", "kl"):
+            expected = alone.metrics[step][name]
+            assert server.metrics[step][name] == pytest.approx(expected, rel=1e-4, abs=1e-5), (step, name)
 
 
 def test_two_ranks_go_on_from_one_rank_s_checkpoint_and_sigterm_ends_them_in_order(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def test_a_preset_by_itself_is_its_recipe(preset: Preset) -> None:
         ({"preset": "grpo", "aggregation_tokens": 64}, "aggregation is sequence_mean"),
         ({"preset": "grpo", "kl_coefficient": 0.1}, "kl is none"),
         ({"preset": "grpo", "overlong_penalty": 1.0}, "overlong_share is 0"),
+        ({"preset": "grpo", "gae_lambda": 0.9}, "advantage is group_std"),
         ({"preset": "grpo", "beta": 0.1}, "beta has no effect on preset grpo"),
         ({"preset": "online_dpo", "clip_high": 0.1}, "clip_high has no effect on preset online_dpo"),
         ({"preset": "online_dpo", "margin": 0.1}, "margin has no effect on loss sigmoid"),

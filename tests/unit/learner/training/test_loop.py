@@ -1,5 +1,6 @@
 import json
 import logging
+import shutil
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from learner.algorithms.recipe import Advantage
+from learner.algorithms.recipe import Advantage, Preset
 from learner.config import RunConfig, ScheduleConfig
 from learner.export import export
 from learner.training.algorithm_config import AlgorithmConfig
@@ -255,3 +256,25 @@ def test_more_updates_a_step_use_one_proximal_policy(tmp_path: Path) -> None:
     single = run_training(run_config(tmp_path, name="single", num_steps=1), FakeCoordinator())
     for name in ("ratio_mean", "ess", "kl"):
         assert coordinator.metrics[1][name] == pytest.approx(single.metrics[1][name], rel=1e-5)
+
+
+@pytest.mark.parametrize("preset", [Preset.PPO, Preset.ONLINE_DPO])
+def test_an_interrupted_run_goes_on_with_its_critic_and_its_first_policy(
+    tmp_path: Path, preset: Preset
+) -> None:
+    """PPO's critic is checkpointed with the policy; a reference is the first policy again, not the resumed one."""
+    algorithm = AlgorithmConfig(preset=preset)
+    whole = run_config(tmp_path, name="whole", num_steps=4, algorithm=algorithm)
+    run_training(whole, FakeCoordinator())
+    halves = run_config(tmp_path, name="halves", num_steps=4, algorithm=algorithm)
+    run_training(halves, FakeCoordinator(stop_at=2))
+    run_training(halves, FakeCoordinator(epoch=2))
+    assert_same(weights_of(whole), weights_of(halves))
+
+
+def test_a_critic_s_checkpoint_that_is_missing_is_named(tmp_path: Path) -> None:
+    config = run_config(tmp_path, algorithm=AlgorithmConfig(preset=Preset.PPO))
+    run_training(config, FakeCoordinator(stop_at=2))
+    shutil.rmtree(config.run_dir / "critic" / "step-00000002")
+    with pytest.raises(ConfigError, match=r"critic/step-00000002: cannot be resumed from"):
+        run_training(config, FakeCoordinator(epoch=2))

@@ -1,16 +1,18 @@
 """Policy gradients on a tiny policy: every preset trains, every setting changes something, packing changes nothing."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from learner.algorithms.recipe import PRESETS, Correction, Divergence, Preset, Proximal
+from learner.algorithms.recipe import PRESETS, Correction, Divergence, Preset, Proximal, Recipe
 from learner.training.algorithm_config import AlgorithmConfig
 from learner.training.batch import Batch, Group
 from learner.training.config import OptimizerConfig
+from learner.training.critic import Critic
 from learner.training.model import load_policy
 from learner.training.optimizer import make_optimizer
 from learner.training.parallel import Ranks
@@ -18,6 +20,7 @@ from learner.training.policy import Policy
 from learner.training.policy_gradient import PolicyGradient
 from learner.training.preparation import behaviour_logprobs, token_sequence
 from learner.training.reference import Reference
+from learner.training.scalar import load_scalar_model
 from learner.training.updater import Updater
 from penstock.errors import ConfigError
 from penstock.trajectory import PolicyVersion, VersionSpan
@@ -51,6 +54,9 @@ OTHERS: dict[str, tuple[float, ...]] = {
     "overlong_share": (0.9,),
     "overlong_penalty": (3.0,),
     "kl_coefficient": (0.5,),
+    "gae_gamma": (0.5,),
+    "gae_lambda": (0.5,),
+    "critic_learning_rate": (1e-2,),
 }
 """Of each number, values that no preset has; one of them binds on these batches."""
 
@@ -59,6 +65,7 @@ OTHERS: dict[str, tuple[float, ...]] = {
 class Bench:
     """One tiny policy, put back to its first weights for each training; and the batches that it is trained on."""
 
+    folder: Path
     policy: Policy
     first: list[torch.Tensor]
     batches: list[Batch]
@@ -70,12 +77,22 @@ class Bench:
         optimizer = make_optimizer(self.policy, OptimizerConfig(learning_rate=1e-3))
         return Updater(self.policy, optimizer, ONE_RANK, row_tokens=row_tokens, max_grad_norm=1.0)
 
+    def critic(self, recipe: Recipe, *, row_tokens: int) -> Critic:
+        model = load_scalar_model(self.folder)
+        optimizer = make_optimizer(model, OptimizerConfig(learning_rate=1e-3))
+        updater = Updater(model, optimizer, ONE_RANK, row_tokens=row_tokens, max_grad_norm=1.0)
+        rate = recipe.critic_learning_rate
+        return Critic(updater, learning_rate=rate, gamma=recipe.gae_gamma, lam=recipe.gae_lambda)
+
     def train(self, settings: dict[str, Any], *, row_tokens: int = 256, steps: int = 1):  # type: ignore[no-untyped-def]
         """Metrics of the last step, and the weights after it."""
         updater = self.updater(row_tokens=row_tokens)
         recipe = AlgorithmConfig(**settings).recipe()
         reference = Reference(updater) if recipe.has_reference else None
-        algorithm = PolicyGradient(updater, recipe, max_tokens=MAX_TOKENS, seed=0, reference=reference)
+        critic = self.critic(recipe, row_tokens=row_tokens) if recipe.has_critic else None
+        algorithm = PolicyGradient(
+            updater, recipe, max_tokens=MAX_TOKENS, seed=0, reference=reference, critic=critic
+        )
         for batch in self.batches[:steps]:
             report = algorithm.step(batch, NOW, learning_rate=1e-3)
             assert report.failure == ""
@@ -84,8 +101,11 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    policy = load_policy(write_tiny_policy(tmp_path_factory.mktemp("policy"), num_layers=1))
-    made = Bench(policy=policy, first=[p.detach().clone() for p in policy.parameters()], batches=[])
+    folder = write_tiny_policy(tmp_path_factory.mktemp("policy"), num_layers=1)
+    policy = load_policy(folder)
+    made = Bench(
+        folder=folder, policy=policy, first=[p.detach().clone() for p in policy.parameters()], batches=[]
+    )
     made.batches.extend(lagging_batch(made.updater(), step) for step in range(2))
     return made
 
