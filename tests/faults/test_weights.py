@@ -128,7 +128,10 @@ class Engine:
         digest = stage_digest(held)
         self.generated_under.append((staged.manifest.version, digest))
         return InstallReport(
-            version=staged.manifest.version, digest=staged.manifest.digest, pause_seconds=0.0
+            version=staged.manifest.version,
+            digest=staged.manifest.digest,
+            pause_seconds=0.0,
+            tensors_seconds=0.0,
         )
 
 
