@@ -59,6 +59,7 @@ def test_a_coordinator_that_dies_is_started_again_while_trainer_and_actors_stay(
     assert run.rows("SELECT count(*) FROM sessions") == [(3,)], "the actor joined again after each death"
 
 
+@pytest.mark.slow
 def test_trainer_and_coordinator_may_die_together(run: Cluster):
     run.environment("toy_environments:Letters")
     learner = run.learner(num_steps=10)
