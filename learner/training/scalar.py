@@ -18,7 +18,7 @@ from torch import nn
 from learner.training.attention import RowLayout
 from learner.training.model import load_policy
 from learner.training.packing import PackedRow, TokenSequence
-from learner.training.policy import Evaluation, Policy, TokenScores
+from learner.training.policy import Evaluation, Policy
 from penstock.errors import ConfigError
 
 HEAD = "score"
@@ -35,10 +35,10 @@ class ScalarModel(Policy):
         setattr(causal_lm, HEAD, head)
         causal_lm.set_output_embeddings(nn.Identity())
 
-    def forward(self, row: PackedRow, *, temperature: float) -> TokenScores:
-        hidden_SH = self._hidden(row, RowLayout(row.lengths, row.device))[row.predictors_S]
+    def _score(self, row: PackedRow, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden_SH = self._hidden(row, RowLayout(row.lengths, row.device, self.context))[row.predictors_S]
         numbers_S = getattr(self.causal_lm, HEAD)(hidden_SH).squeeze(-1).float()
-        return TokenScores(logprobs_S=numbers_S, entropy_S=torch.zeros_like(numbers_S))
+        return numbers_S, torch.zeros_like(numbers_S)
 
 
 def load_scalar_model(folder: Path, *, activation_checkpointing: bool = False) -> ScalarModel:
