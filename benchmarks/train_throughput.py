@@ -34,7 +34,7 @@ import psutil
 import torch
 from harness.report import add_arguments, write
 
-from learner.offline import SftObjective
+from learner.offline.sft import SftObjective
 from learner.training.config import Device, OptimizerConfig, Precision
 from learner.training.model import load_policy
 from learner.training.optimizer import make_optimizer
