@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -16,7 +17,7 @@ from penstock.errors import FaultKind
 class History(Protocol):
     """What the scheduler asks of the ledger, about groups that it holds no more."""
 
-    def has_trajectory(self, trajectory_id: str) -> bool: ...
+    def trajectory_ids(self) -> Iterable[str]: ...
 
     def find_lease(self, lease_id: str) -> tuple[int, int] | None: ...
 

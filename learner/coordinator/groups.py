@@ -82,8 +82,6 @@ class Group:
     """Monotonic seconds of the first tick that saw it; after a restart the count starts anew."""
     is_late: bool = False
     """It kept the learner waiting past the deadline: every missing slot may have a rival."""
-    extra_ids: set[str] = field(default_factory=set)
-    """Trajectories of this group that filled no slot."""
     is_quarantined: bool = False
     """Closed because of what its task or its trajectories did: what comes late is set aside with them."""
     deaths: set[str] = field(default_factory=set)
@@ -116,7 +114,3 @@ class Group:
 
     def free_slot(self) -> int | None:
         return next((number for number, slot in enumerate(self.slots) if slot.is_free), None)
-
-    def holds(self, trajectory_id: str) -> bool:
-        ids = [slot.filled.trajectory_id for slot in self.slots if slot.filled is not None]
-        return trajectory_id in ids or trajectory_id in self.extra_ids

@@ -246,8 +246,9 @@ class Ledger:
         )
         return (rows[0][0], rows[0][1] % (1 << 64)) if rows else None
 
-    def has_trajectory(self, trajectory_id: str) -> bool:
-        return bool(self._rows("SELECT 1 FROM trajectories WHERE trajectory_id = ?", (trajectory_id,)))
+    def trajectory_ids(self) -> Iterator[str]:
+        """Of every trajectory ever stored."""
+        return (name for (name,) in self._rows("SELECT trajectory_id FROM trajectories"))
 
     def find_lease(self, lease_id: str) -> tuple[int, int] | None:
         """(group_id, slot) of any lease that was ever granted."""
@@ -295,22 +296,19 @@ class Ledger:
                 newest=PolicyVersion(epoch, step), num_bytes=num_bytes, num_tokens=num_tokens
             )
         for row in self._rows(
-            "SELECT trajectory_id, slot, state, oldest_step, num_sampled, mixed, reward, observation_digest "
-            "FROM trajectories WHERE group_id = ?",
-            (group.group_id,),
+            "SELECT trajectory_id, slot, oldest_step, num_sampled, mixed, reward, observation_digest "
+            "FROM trajectories WHERE group_id = ? AND state IN (?, ?)",
+            (group.group_id, TrajectoryState.PENDING, TrajectoryState.TRAINED),
         ):
-            trajectory_id, slot, state, oldest_step, num_sampled, mixed, reward, digest = row
-            if state in (TrajectoryState.PENDING, TrajectoryState.TRAINED):
-                group.slots[slot].filled = Filled(
-                    trajectory_id=trajectory_id,
-                    oldest_step=oldest_step,
-                    num_sampled=num_sampled,
-                    mixed=bool(mixed),
-                    reward=reward,
-                    observation_digest=digest,
-                )
-            else:
-                group.extra_ids.add(trajectory_id)
+            trajectory_id, slot, oldest_step, num_sampled, mixed, reward, digest = row
+            group.slots[slot].filled = Filled(
+                trajectory_id=trajectory_id,
+                oldest_step=oldest_step,
+                num_sampled=num_sampled,
+                mixed=bool(mixed),
+                reward=reward,
+                observation_digest=digest,
+            )
 
     def _rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
         try:

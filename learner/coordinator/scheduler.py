@@ -33,6 +33,7 @@ from learner.coordinator.demand import Demand
 from learner.coordinator.fleet import ActorInfo, Fleet, ReportedStats, Session
 from learner.coordinator.groups import Filled, Group, HandedOver, LeaseOutcome, Slot
 from learner.coordinator.journal import Journal
+from learner.coordinator.known_ids import KnownIds
 from learner.coordinator.leases import LeaseTable, LiveLease
 from learner.coordinator.lineage import Lineage
 from learner.coordinator.partials import MAX_BYTES_A_GRANT, SentPartial
@@ -91,6 +92,7 @@ class Scheduler:
         self._sampling = sampling
         self._tasks = tasks
         self._history = history
+        self._known = KnownIds()
         self._journal = Journal(wall_clock)
         self._admission = Admission(schedule)
         self.board = Board(fleet=fleet, admission=self._admission, journal=self._journal, sieve=sieve)
@@ -146,6 +148,7 @@ class Scheduler:
     ) -> None:
         """Goes on from a ledger. Leases wait for their actors to join again and name them."""
         self._num_sessions, self._next_group_id = num_sessions, next_group_id
+        self._known.update(self._history.trajectory_ids())
         self.board.hold(open_groups)
         self.lineage.restore(epoch=epoch, from_step=from_step, versions=versions, assigned=assigned)
         for lease_id, group_id, slot in live_leases:
@@ -463,7 +466,7 @@ class Scheduler:
 
     def _decide(self, session: Session, sequence: int, submission: Submission, now: float) -> Verdict:
         group, slot_number = self._group_of(submission.lease_id)
-        if self._is_known(group, submission.trajectory_id):
+        if submission.trajectory_id in self._known:
             self._journal.record(ItemsRefused(duplicates=1))
             return DUPLICATE
         if submission.flaw is not None:
@@ -494,11 +497,6 @@ class Scheduler:
                 return group, slot
         raise Rejected(RejectionCode.UNKNOWN_LEASE, f"lease {lease_id[:40]!r} was never granted in this run")
 
-    def _is_known(self, group: Group | None, trajectory_id: str) -> bool:
-        if group is None:
-            return self._history.has_trajectory(trajectory_id)
-        return group.holds(trajectory_id)
-
     def _verdict_on(self, group: Group | None, slot_number: int, submission: Submission) -> Verdict:
         if group is not None and group.is_quarantined:
             return Verdict(TrajectoryState.QUARANTINED, message="its group is quarantined")
@@ -517,6 +515,7 @@ class Scheduler:
         self, session: Session, sequence: int, submission: Submission, slot_number: int, verdict: Verdict
     ) -> None:
         assert verdict.state is not None
+        self._known.add(submission.trajectory_id)
         self._journal.record(
             TrajectoryStored(
                 trajectory_id=submission.trajectory_id,
@@ -553,8 +552,6 @@ class Scheduler:
                 reward=submission.reward,
                 observation_digest=submission.observation_digest,
             )
-        else:
-            group.extra_ids.add(submission.trajectory_id)
         own = self.leases.get(submission.lease_id)
         if own is not None:
             self.demand.lease_ended(now - own.granted_at, filled=verdict.state is TrajectoryState.PENDING)

@@ -107,7 +107,7 @@ def test_a_power_cut_in_the_midst_of_a_commit_loses_nothing_that_was_acknowledge
     ledger.close()
 
     again = Ledger(path)
-    assert [again.has_trajectory(f"{number:032x}") for number in range(acknowledged)] == [True] * acknowledged
+    assert {f"{number:032x}" for number in range(acknowledged)} <= set(again.trajectory_ids())
     assert again.totals().imbalance == 0
     again.close()
     assert not audit(path).violations

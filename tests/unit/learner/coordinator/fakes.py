@@ -38,8 +38,8 @@ _ids = itertools.count(1)
 class NoHistory:
     """A ledger that knows nothing of closed groups."""
 
-    def has_trajectory(self, trajectory_id: str) -> bool:
-        return False
+    def trajectory_ids(self) -> tuple[str, ...]:
+        return ()
 
     def find_lease(self, lease_id: str) -> tuple[int, int] | None:
         return None

@@ -144,6 +144,16 @@ def test_a_trajectory_sent_twice_is_stored_once():
     assert other(message).is_duplicate
 
 
+def test_an_id_that_comes_again_under_the_lease_of_another_group_is_a_duplicate():
+    scheduler = make_scheduler(group_size=2, groups_per_step=2)
+    version = start(scheduler)
+    submit = Submitter(scheduler, join(scheduler))
+    first, _, second = acquire(scheduler, submit.session_id, version, num=3)
+    assert first.group_id != second.group_id
+    assert submit(make_message(first, version, trajectory_id="ab" * 16)).state is TrajectoryState.PENDING
+    assert submit(make_message(second, version, trajectory_id="ab" * 16)).is_duplicate
+
+
 def test_an_item_that_was_decided_upon_is_acknowledged_again_and_not_decided_again():
     scheduler = make_scheduler()
     version = start(scheduler)

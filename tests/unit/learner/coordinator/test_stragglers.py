@@ -268,7 +268,6 @@ def test_a_straggler_in_a_group_also_after_resume():
         born=group.born,
         due=group.due,
         slots=group.slots,
-        extra_ids=group.extra_ids,
     )
     for slot in restored.slots:
         slot.lease_ids = []
