@@ -16,6 +16,7 @@ name before them, those of each.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import math
 import statistics
@@ -88,11 +89,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--size", choices=SIZES, default="1.5b")
+    parser.add_argument("--row-tokens", type=int, help="tokens of a row; sequences grow with it")
+    parser.add_argument("--rows", type=int, default=4, help="of a step, with --row-tokens")
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--steps", type=int, default=5, help="measured steps, after two that warm up")
     parser.add_argument("--peak-tflops", type=float, help="of a device that is not known here")
     arguments = parser.parse_args()
     size = SIZES[arguments.size]
+    if arguments.row_tokens:
+        size = dataclasses.replace(size, row_tokens=arguments.row_tokens, rows=arguments.rows)
     ranks = open_ranks(Device.AUTO, Precision.BFLOAT16)
     peak = 1e12 * (arguments.peak_tflops or known_peak(ranks.device))
     measured = {}
