@@ -87,8 +87,8 @@ class Laboratory:
         )
         return learner
 
-    async def start_actor(self, name: str) -> Program:
-        arguments = ["actor", "--learner", self.address, "--name", name, "--device", "cpu"]
+    async def start_actor(self, name: str, *options: str) -> Program:
+        arguments = ["actor", "--learner", self.address, "--name", name, "--device", "cpu", *options]
         return await self._programs.start(name, arguments, is_client=True)
 
     def first_accepted(self, actor: str) -> bool:
@@ -124,7 +124,9 @@ async def measure_join(laboratory: Laboratory, number: int) -> float:
     began = time.monotonic()
     await until(lambda: laboratory.first_accepted(name), "its first trajectory")
     seconds = time.monotonic() - began
-    actor.kill()
+    # It drains: the leases of a killed one would hold up the next measurement.
+    actor.dismiss()
+    await actor.process.wait()
     return seconds
 
 
@@ -146,7 +148,8 @@ async def measure(folder: Path, repeats: int) -> dict[str, float]:
         learner = await laboratory.start_learner()
         await until(lambda: laboratory.newest()[0] > 0, "the first version")
         loading = time.monotonic() - began
-        await laboratory.start_actor("steady")
+        # Few slots: where one actor keeps the learner busy, a second one rightly waits for room.
+        await laboratory.start_actor("steady", "--num-slots", "8")
         await until(lambda: laboratory.newest()[1] > 2, "training to begin")
         joins = [await measure_join(laboratory, number) for number in range(repeats)]
         restarts = []
