@@ -21,6 +21,7 @@ from learner.coordinator.records import TrajectoryState
 from learner.coordinator.submissions import Sent, Submission
 from learner.coordinator.validation import Rejected, RejectionCode
 from penstock.errors import PenstockError
+from penstock.tasks import task_group
 from penstock.v1 import coordinator_pb2 as pb
 
 MAX_UNWRITTEN_MESSAGES = 64
@@ -67,15 +68,15 @@ class Intake:
         decided: asyncio.Queue[_Decided | None] = asyncio.Queue(_MAX_AHEAD)
         problem: PenstockError | None = None
         try:
-            async with asyncio.TaskGroup() as tasks:
+            async with task_group() as tasks:
                 tasks.create_task(self._acknowledge(decided, context), name="acknowledge")
                 try:
                     await self._decide_messages(requests, decided)
                 except PenstockError as error:
                     problem = error
                 await decided.put(None)
-        except* PenstockError as group:
-            problem = _first(group)
+        except PenstockError as error:
+            problem = error
         if problem is not None:
             raise problem
 
@@ -147,9 +148,3 @@ def _to_wire(sequence: int, verdict: Verdict) -> pb.Verdict:
             message=verdict.message,
         )
     return pb.Verdict(sequence=sequence, kind=pb.VERDICT_KIND_DUPLICATE)
-
-
-def _first(group: BaseExceptionGroup[PenstockError]) -> PenstockError:
-    """One of the errors of a group."""
-    error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
