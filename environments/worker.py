@@ -12,7 +12,6 @@ ended from outside, with SIGKILL.
 
 from __future__ import annotations
 
-import ctypes
 import resource
 import signal
 import socket
@@ -26,8 +25,7 @@ from environments.base import Environment, SingleTurnEnvironment
 from environments.frames import Json
 from environments.loading import is_single_turn, load
 from penstock.errors import ConfigError, EnvironmentFault, FaultKind
-
-_PR_SET_PDEATHSIG = 1
+from penstock.parent import send_at_parents_death
 
 
 class Worker:
@@ -95,7 +93,8 @@ class Worker:
 def main(file_descriptor: int) -> None:
     channel = socket.socket(fileno=file_descriptor)
     channel.set_inheritable(False)
-    _die_with_parent()
+    # A killed server leaves no worker behind.
+    send_at_parents_death(signal.SIGKILL)
     start = frames.receive_frame(channel)
     if start is None:
         return
@@ -137,12 +136,6 @@ def _limit_processor(seconds: float) -> None:
     resource.setrlimit(
         resource.RLIMIT_CPU, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
     )
-
-
-def _die_with_parent() -> None:
-    """A killed server leaves no worker behind."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Child processes: started in a session of their own, stopped in order, never left behind."""
+"""Child processes: started in a session of their own, stopped in order, never left behind.
+
+They are marked as ours: those that `parent.follow` end with this process, however it ends.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+from penstock import parent
 from penstock.errors import PenstockError
 
 _log = logging.getLogger(__name__)
@@ -21,13 +25,11 @@ class Child:
         self._process = process
 
     @classmethod
-    async def start(
-        cls, name: str, command: Sequence[str], *, env: Mapping[str, str] | None = None, capture: bool = False
-    ) -> Child:
+    async def start(cls, name: str, command: Sequence[str], *, capture: bool = False) -> Child:
         """capture: keep standard output for `ready_line`; else it goes where ours goes."""
         process = await asyncio.create_subprocess_exec(
             *command,
-            env=env,
+            env=parent.marked(),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE if capture else None,
             start_new_session=True,

@@ -12,6 +12,7 @@ import fcntl
 import functools
 import logging
 import os
+import time
 import uuid
 from importlib import resources
 from pathlib import Path
@@ -34,6 +35,9 @@ _DAMAGED = (
     "a backup, or start a new run from the newest checkpoint"
 )
 _BUSY_MILLISECONDS = 5000
+_LOCK_SECONDS = 3.0
+"""A coordinator that was killed just now may take a moment to be gone."""
+_LOCK_POLL_SECONDS = 0.05
 
 
 def lock(path: Path) -> IO[str]:
@@ -43,14 +47,21 @@ def lock(path: Path) -> IO[str]:
         handle = (path.parent / "ledger.lock").open("a")
     except OSError as error:
         raise LedgerError(f"{path.parent} cannot be written: {error}") from error
+    give_up = time.monotonic() + _LOCK_SECONDS
+    while not _try_lock(handle):
+        if time.monotonic() > give_up:
+            handle.close()
+            raise ConfigError(f"{path.parent}: another learner is running in this folder; stop it first")
+        time.sleep(_LOCK_POLL_SECONDS)
+    return handle
+
+
+def _try_lock(handle: IO[str]) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        handle.close()
-        raise ConfigError(
-            f"{path.parent}: another learner is running in this folder; stop it first"
-        ) from None
-    return handle
+        return False
+    return True
 
 
 def open_writer(path: Path) -> apsw.Connection:

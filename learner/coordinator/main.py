@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import json
 import logging
-import os
+import signal
 import time
 from collections.abc import Sequence
 
@@ -32,7 +32,7 @@ from learner.coordinator.tasks import TRAIN, TaskOrder, TaskSource
 from learner.coordinator.trainer_service import TrainerService
 from learner.coordinator.validation import Limits
 from learner.coordinator.weights_service import WeightsService
-from penstock import config, log, rpc
+from penstock import config, log, parent, rpc
 from penstock.codec import manifest_from_wire
 from penstock.errors import ConfigError, EnvironmentFault, LedgerError, Stopped
 from penstock.policy_files import PolicyFolder, read_policy_folder
@@ -69,6 +69,7 @@ class _Environments:
 
 
 def main(argv: Sequence[str]) -> int:
+    parent.follow(signal.SIGKILL)
     log.configure()
     settings = config.load(
         RunConfig, argv, prog="python -m learner.coordinator", description="Coordinate a run."
@@ -154,7 +155,6 @@ async def _until_stopped(coordinator: Coordinator, watchdog: Watchdog) -> None:
         tasks.create_task(watch_loop(watchdog, stop, seconds=STANDSTILL_SECONDS), name="watch-loop")
         tasks.create_task(coordinator.tick_forever(), name="tick")
         tasks.create_task(coordinator.commit_ticks(), name="commit-ticks")
-        tasks.create_task(_stop_with_parent(stop), name="watch-parent")
         tasks.create_task(_stop_when_finished(coordinator), name="farewell")
 
 
@@ -270,11 +270,3 @@ async def _stop_when_finished(coordinator: Coordinator) -> None:
         if await stop.sleep(0.2):
             return
     stop.set("the run is finished")
-
-
-async def _stop_with_parent(stop: Stop) -> None:
-    """Stops when the process that started this one is gone."""
-    parent = os.getppid()
-    while not await stop.sleep(1.0):
-        if os.getppid() != parent:
-            stop.set("the learner's supervisor is gone")

@@ -27,7 +27,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous import registry as rendezvous_registry
 
 from learner.training.launch import RENDEZVOUS_VARIABLE
-from penstock import log
+from penstock import log, parent
 from penstock.errors import ConfigError, TrainingDiverged
 
 _log = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("module")
     parser.add_argument("arguments", nargs="*")
     arguments = parser.parse_args(argv)
+    parent.follow(signal.SIGKILL)
     log.configure()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="penstock-ranks-") as folder:

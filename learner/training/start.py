@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
+import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,8 +32,9 @@ from learner.training.stopping import StopOnSignal
 from learner.training.updater import Updater
 from learner.training.watched import Watched
 from penstock import config as configuration
-from penstock import log
+from penstock import log, parent
 from penstock.watchdog import Watchdog
+from penstock.weights.segment import run_prefix
 from penstock.weights.version_log import VersionLog
 
 _log = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parse(argv)
     stop = StopOnSignal()
     stop.listen()
+    # A trainer without its supervisor must not go on; what is on disk is whole at any instant.
+    parent.follow(signal.SIGKILL)
     log.configure()
     config = configuration.load(
         RunConfig, [str(arguments.run_dir / "config.toml")], prog="penstock learner", description="A run."
@@ -171,7 +174,6 @@ def make_algorithm(config: RunConfig, updater: Updater, critic: Critic | None = 
 
 
 def _open_sink(lineage: Lineage, stack: ExitStack) -> WeightSink:
-    name = re.sub(r"[^A-Za-z0-9_-]", "-", lineage.run_id)[:48]
-    versions = VersionLog(name_prefix=f"penstock-{name}")
+    versions = VersionLog(name_prefix=run_prefix(lineage.run_id))
     stack.callback(versions.close)
     return versions

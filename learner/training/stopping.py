@@ -5,16 +5,12 @@ Python runs. So the signal's number is written to a pipe the moment it arrives, 
 thread reads it: it sets the flag that the loop looks at between steps, and ends the
 process itself if the loop takes longer than the grace period. What is on disk is
 consistent at any instant, so abandoning a step loses that step and nothing else.
-
-The thread notices as well when the parent process is gone, and then stops likewise:
-a trainer without its supervisor must not go on.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import select
 import signal
 import threading
 from types import FrameType
@@ -23,11 +19,10 @@ _log = logging.getLogger(__name__)
 
 GRACE_SECONDS = 6.0
 """From the signal to the end of the process, at most."""
-_PARENT_SECONDS = 1.0
 
 
 class StopOnSignal:
-    """Set by SIGTERM, SIGINT, or the death of the parent process."""
+    """Set by SIGTERM or SIGINT."""
 
     def __init__(self, *, grace_seconds: float = GRACE_SECONDS) -> None:
         self._event = threading.Event()
@@ -44,30 +39,21 @@ class StopOnSignal:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _leave_it_to_the_thread)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        threading.Thread(
-            target=self._watch, args=(reader, os.getppid()), name="stop-on-signal", daemon=True
-        ).start()
+        threading.Thread(target=self._watch, args=(reader,), name="stop-on-signal", daemon=True).start()
 
     def finished(self) -> None:
         """The loop has left in order: the grace period no longer applies."""
         self._finished.set()
 
-    def _watch(self, reader: int, parent: int) -> None:
-        _log.info("%s: stopping after this step", _wait_for_reason(reader, parent))
+    def _watch(self, reader: int) -> None:
+        number = signal.Signals(os.read(reader, 1)[0])
+        _log.info("%s: stopping after this step", number.name)
         self._event.set()
         if not self._finished.wait(self._grace_seconds):
             _log.warning(
                 "the step is abandoned: it took longer than the %.0f s of grace", self._grace_seconds
             )
             os._exit(0)
-
-
-def _wait_for_reason(reader: int, parent: int) -> str:
-    """Waits for a signal or for the parent's death, as long as the process lives."""
-    while os.getppid() == parent:
-        if select.select([reader], [], [], _PARENT_SECONDS)[0]:
-            return signal.Signals(os.read(reader, 1)[0]).name
-    return f"parent process {parent} is gone"
 
 
 def _leave_it_to_the_thread(number: int, frame: FrameType | None) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from penstock import parent
 from penstock.errors import PenstockError
 
 
@@ -62,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean `penstock {near[0]}`?" if near else "; `penstock --help` lists them"
         print(f"penstock: no command {name!r}{hint}", file=sys.stderr)
         return 2
+    parent.follow(signal.SIGTERM)
     return run(command.target, rest)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from penstock import parent
 from penstock.errors import PenstockError
 
 _log = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ class Programs:
             process = await asyncio.create_subprocess_exec(
                 *self._command,
                 *arguments,
-                env={**os.environ, **_ENVIRONMENT},
+                env=parent.marked({**os.environ, **_ENVIRONMENT}),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=asyncio.subprocess.STDOUT,

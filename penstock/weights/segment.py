@@ -22,6 +22,7 @@ import re
 import secrets
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -51,10 +52,12 @@ _DIGEST = slice(NONCE_BYTES, NONCE_BYTES + DIGEST_BYTES)
 _log = logging.getLogger(__name__)
 
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+_RUN = "penstock-run-"
 _PREFIX = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\.[0-9a-f]{16}")
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _PROBE_BYTES = 4096
+_ABANDONED_SECONDS = 600.0
 
 
 class Segment:
@@ -139,8 +142,8 @@ class SegmentRing:
     """The trainer's side: the newest versions, each in a segment of its own, reused in turn.
 
     Segments lie in /dev/shm or, if that has no room, in the folder for temporary files.
-    Files of the same prefix whose writer is dead are removed at the start; a lock that
-    ends with its process tells who is alive.
+    What dead writers left behind is removed at the start: files of the same prefix, and those
+    of other runs once they are ten minutes old. A lock that ends with its process tells who is alive.
     """
 
     def __init__(self, *, name_prefix: str, num_segments: int = 4, chunk_bytes: int = CHUNK_BYTES) -> None:
@@ -315,12 +318,25 @@ def _create_in(directory: Path, name: str, num_bytes: int) -> OwnedSegment:
         raise
 
 
+def run_prefix(run_id: str) -> str:
+    """What the names of a run's segments begin with."""
+    return _RUN + re.sub(r"[^A-Za-z0-9_-]", "-", run_id)[:48]
+
+
 def _remove_stale(prefix: str) -> None:
-    for directory in _directories():
-        for path in directory.glob(f"{prefix}.*"):
-            if _NAME.fullmatch(path.name) and _is_abandoned(path):
-                _log.info("removing %s, which a dead process left behind", path)
-                path.unlink(missing_ok=True)
+    """Another run's may serve its actors until its trainer is started again: they stay for a while."""
+    old = [path for path in find_segments(f"{_RUN}*") if _age_seconds(path) > _ABANDONED_SECONDS]
+    for path in {*find_segments(prefix), *old}:
+        if _is_abandoned(path):
+            _log.info("removing %s, which a dead process left behind", path)
+            path.unlink(missing_ok=True)
+
+
+def _age_seconds(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _is_abandoned(path: Path) -> bool:

@@ -32,7 +32,7 @@ from environments.base import Description
 from environments.wire import description_to_wire
 from learner.config import FleetConfig, LedgerConfig, RunConfig, ScheduleConfig
 from learner.coordinator.audit import audit
-from penstock import config, rpc
+from penstock import config, parent, rpc
 from penstock.chaos.checker import Findings, check
 from penstock.chaos.evidence import gather
 from penstock.cli.run_client import RunClient
@@ -95,7 +95,7 @@ class Process:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 cwd=folder,
-                env=environment,
+                env=parent.marked(environment),
                 start_new_session=True,
             )
 

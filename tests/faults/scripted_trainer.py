@@ -11,9 +11,9 @@ FOLDER/journal.jsonl, one line each, written before the next call.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ import numpy as np
 from learner.training.coordinator import GrpcCoordinator
 from penstock.trajectory import PolicyVersion
 from penstock.weights.manifest import HostTensor
-from penstock.weights.segment import SegmentRing
+from penstock.weights.segment import SegmentRing, run_prefix
 
 WAIT_SECONDS = 2.0
 
@@ -35,13 +35,18 @@ class ScriptedTrainer:
         self._num_steps: int = arguments.num_steps
         self._step_seconds: float = arguments.step_seconds
         self._coordinator = GrpcCoordinator(arguments.address)
-        self._ring = SegmentRing(name_prefix=f"penstock-scripted-{os.getpid()}", chunk_bytes=4096)
         self._step, self._state = self._newest_checkpoint()
 
     def run(self) -> None:
-        epoch = self._coordinator.open_lineage(self._step).epoch
+        lineage = self._coordinator.open_lineage(self._step)
+        with contextlib.closing(
+            SegmentRing(name_prefix=run_prefix(lineage.run_id), chunk_bytes=4096)
+        ) as ring:
+            self._train(lineage.epoch, ring)
+
+    def _train(self, epoch: int, ring: SegmentRing) -> None:
         self._note("open", epoch)
-        self._publish(epoch, trained=())
+        self._publish(epoch, ring, trained=())
         while self._step < self._num_steps:
             answer = self._coordinator.next_batch(epoch=epoch, step=self._step, wait_seconds=WAIT_SECONDS)
             if answer.stop_requested:
@@ -56,21 +61,20 @@ class ScriptedTrainer:
             self._note("train", epoch, groups=groups)
             self._state = digest_after(self._state, groups)
             self._step += 1
-            self._publish(epoch, trained=list(groups))
+            self._publish(epoch, ring, trained=list(groups))
             if self._step % self._every == 0:
                 self._checkpoint(epoch)
         if self._step >= self._num_steps:
             self._coordinator.finish_run(epoch=epoch, step=self._step)
 
     def close(self) -> None:
-        self._ring.close()
         self._coordinator.close()
 
-    def _publish(self, epoch: int, *, trained: Sequence[int]) -> None:
+    def _publish(self, epoch: int, ring: SegmentRing, *, trained: Sequence[int]) -> None:
         version = PolicyVersion(epoch, self._step)
         data = np.frombuffer(bytes.fromhex(self._state), dtype=np.uint8).copy()
         tensor = HostTensor(name="state", dtype="F32", shape=(len(data) // 4,), data=data)
-        manifest = self._ring.write(version, [tensor])
+        manifest = ring.write(version, [tensor])
         self._note("publish", epoch, digest=manifest.digest)
         self._coordinator.publish_version(version, manifest, {}, trained)
 

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from learner.coordinator.audit import audit
@@ -55,23 +56,27 @@ def test_an_environment_that_is_killed_and_comes_back_costs_retries_and_no_rewar
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["once", "twice"])
-def test_a_learner_that_is_told_to_go_resumes_where_it_was(run: Cluster, how: str):
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGTERM twice", "SIGKILL of the supervisor alone"])
+def test_a_learner_that_is_told_to_go_leaves_nothing_behind_and_resumes(run: Cluster, how: str):
     run.environment("toy_environments:Letters")
     learner = run.learner(num_steps=1000)
     actor = run.actor("a1")
     run.wait_for_step(3)
-    learner.process.send_signal(signal.SIGTERM)
-    if how == "twice":
+    programs = psutil.Process(learner.process.pid).children(recursive=True)
+    if how.startswith("SIGKILL"):
+        learner.process.kill()
+    else:
+        learner.process.send_signal(signal.SIGTERM)
+    if how == "SIGTERM twice":
         wait_until(lambda: "draining" in learner.output(), "the first signal to be heard")
         learner.process.send_signal(signal.SIGTERM)
         assert learner.wait() == 128 + signal.SIGTERM
-        learner.kill()
-    else:
+    elif how == "SIGTERM":
         assert learner.wait() == 0
         newest = audit(run.run_dir / "ledger.sqlite").newest
         assert newest is not None
         assert run.rows("SELECT max(step) FROM checkpoints") == [(newest[1],)], "nothing is to be made again"
+    assert not psutil.wait_procs(programs, timeout=60)[1], "they end with their supervisor"
     reached = len((run.run_dir / "metrics.jsonl").read_text().splitlines())
     again = run.learner(num_steps=reached + 4, name="learner-again")
     assert again.wait() == 0

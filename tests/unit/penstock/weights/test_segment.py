@@ -15,7 +15,7 @@ from penstock.errors import ConfigError, WeightTransferError
 from penstock.trajectory import PolicyVersion
 from penstock.weights import segment as segment_module
 from penstock.weights.manifest import HostTensor, Manifest, SharedMemoryMedium, check_manifest, pack
-from penstock.weights.segment import SegmentRing, open_segment, segment_path
+from penstock.weights.segment import SegmentRing, create_segment, open_segment, run_prefix, segment_path
 from penstock.weights.staged import stage
 from tests.weight_fixtures import CHUNK, tensor, tensors
 
@@ -215,3 +215,29 @@ def test_a_prefix_that_is_no_file_name_is_refused() -> None:
             SegmentRing(name_prefix=bad)
     with pytest.raises(ConfigError, match="at least 2"):
         SegmentRing(name_prefix="x", num_segments=1)
+
+
+def segment_of(run_id: str, folder: Path, *, hours_old: int, alive: bool) -> Path:
+    owned = create_segment(run_prefix(run_id), 64)
+    path = folder / owned.segment.name
+    made = path.stat().st_mtime - 3600 * hours_old
+    os.utime(path, (made, made))
+    if not alive:
+        owned.close()
+    return path
+
+
+def test_a_start_removes_what_dead_trainers_of_any_run_left_long_ago(folder: Path) -> None:
+    long_dead = segment_of("a", folder, hours_old=1, alive=False)
+    alive = segment_of("b", folder, hours_old=1, alive=True)
+    just_died = segment_of("c", folder, hours_old=0, alive=False)
+    of_this_run = segment_of("d", folder, hours_old=0, alive=False)
+    engines = folder / f"penstock-engine-0-layout.{'0' * 16}"
+    engines.touch()
+    os.utime(engines, (0, 0))
+    SegmentRing(name_prefix=run_prefix("d")).close()
+    assert not long_dead.exists()
+    assert not of_this_run.exists()
+    assert alive.exists()
+    assert just_died.exists(), "its actors may still fetch from it"
+    assert engines.exists(), "they have their own way of telling"
