@@ -117,19 +117,41 @@ class FleetConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DiskConfig:
+    """What happens as the run folder's disk fills up. Each share is of the disk that is used; 1 is never."""
+
+    warn_at: float = 0.80
+    """An event warns."""
+    stop_leases_at: float = 0.90
+    """No lease is granted; what is leased goes on."""
+    end_run_at: float = 0.95
+    """The learner ends in order, with status 4."""
+    of_at_most_bytes: int = 10 * 1024**3
+    """Of a larger disk only so many bytes count: leases stop when a tenth of them is free."""
+    ballast_bytes: int = 64 * 1024**2
+    """Set aside in a file, and freed so that the ledger can be closed on a full disk."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.warn_at <= self.stop_leases_at <= self.end_run_at <= 1:
+            raise ConfigError(
+                f"ledger.disk has warn_at {self.warn_at}, stop_leases_at {self.stop_leases_at} and end_run_at "
+                f"{self.end_run_at}; expected shares above 0 and up to 1, in this order"
+            )
+        if self.of_at_most_bytes <= 0 or self.ballast_bytes < 0:
+            raise ConfigError(
+                f"ledger.disk has of_at_most_bytes {self.of_at_most_bytes} and ballast_bytes "
+                f"{self.ballast_bytes}; expected more than 0, and 0 (none) or more"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LedgerConfig:
     """What the ledger keeps, and when it runs out of room."""
 
     keep_payloads: bool = False
     """Keep trajectories that every kept checkpoint covers, so that `penstock replay` can
     train on them again. Otherwise they are deleted with the checkpoint that covers them."""
-    min_free_bytes: int = 512 * 1024 * 1024
-    """No lease is granted while the run folder's disk has less room than this; what is
-    leased goes on. Twice as much room is where warnings begin."""
-
-    def __post_init__(self) -> None:
-        if self.min_free_bytes < 0:
-            raise ConfigError(f"ledger.min_free_bytes is {self.min_free_bytes}; expected 0 (never) or more")
+    disk: DiskConfig = field(default_factory=DiskConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

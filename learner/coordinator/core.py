@@ -9,8 +9,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 
+from learner.config import DiskConfig
 from learner.coordinator.decisions import Revocation
-from learner.coordinator.disk import DiskGuard, Room
+from learner.coordinator.disk import DiskGuard, Reading, Room
 from learner.coordinator.explain import TrainerWait, why
 from learner.coordinator.groups import LeaseOutcome
 from learner.coordinator.ledger import Ledger, Totals
@@ -28,6 +29,7 @@ from learner.coordinator.records import (
 )
 from learner.coordinator.scheduler import Scheduler
 from learner.coordinator.vigil import Vigil
+from penstock.errors import LedgerError
 from penstock.signals import Stop
 from penstock.tasks import unless_stopped
 from penstock.watchdog import Watchdog
@@ -37,6 +39,9 @@ STANDSTILL_SECONDS = 120.0
 """An event loop that does not turn, or a commit that is not done, for this long is dead."""
 NO_PROGRESS_SECONDS = 60.0
 """Of the learner's waiting while no slot is filled, until there is an event."""
+
+NO_LIMITS = DiskConfig(warn_at=1.0, stop_leases_at=1.0, end_run_at=1.0, ballast_bytes=0)
+"""For ledgers that fill a disk to its end."""
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +83,8 @@ class Coordinator:
         stop: Stop,
         *,
         run_id: str,
-        min_free_bytes: int = 0,
+        disk: DiskConfig = NO_LIMITS,
+        on_full_disk: Callable[[LedgerError], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.run_id = run_id
@@ -96,7 +102,8 @@ class Coordinator:
         self.checkpoint_requested = False
         self.step_metrics: dict[str, float] = {}
         self.totals = ledger.totals()
-        self._disk = DiskGuard(min_free_bytes)
+        self._disk = DiskGuard(disk)
+        self._on_full_disk = on_full_disk
         self.watchdog: Watchdog | None = None
         """Ends the process should a commit never end."""
         self._vigil = Vigil(seconds=NO_PROGRESS_SECONDS)
@@ -142,14 +149,16 @@ class Coordinator:
         self.totals = await asyncio.to_thread(self.ledger.totals)
         return self.totals
 
-    def note_disk(self, free_bytes: int) -> None:
-        """Stops or allows leases by the room that the ledger's disk has."""
-        event = self._disk.note(free_bytes)
+    def note_disk(self, reading: Reading) -> None:
+        """Stops or allows leases by the room that the ledger's disk has; ends the run when there is none."""
+        event = self._disk.note(reading)
         if event is not None:
             _log.warning("%s", event)
             self.scheduler.note_event("disk", event)
-        is_full = self._disk.room is Room.NONE
-        self.scheduler.set_no_room(self._disk.describe(free_bytes) if is_full else "")
+            if self._disk.room is Room.NONE:
+                self._on_full_disk(LedgerError(event))
+        stops = self._disk.room in (Room.NO_LEASES, Room.NONE)
+        self.scheduler.set_no_room(self._disk.describe(reading) if stops else "")
 
     async def tick_forever(self) -> None:
         """Ends what is past its deadline, once a second, until the stop.
@@ -173,19 +182,23 @@ class Coordinator:
 
     async def commit_ticks(self) -> None:
         """Looks at the disk, writes what ticks decided, and counts the ledger anew, until the stop."""
-        self.note_disk(shutil.disk_usage(self.ledger.path.parent).free)
+        self._look_at_disk()
         while await unless_stopped(self._ticked.wait(), self.stop, name="wait for a tick"):
             self._ticked.clear()
             live = {session.session_id for session in self.scheduler.fleet.sessions()}
             for gone in self._revocations.keys() - live:
                 del self._revocations[gone]
-            self.note_disk(shutil.disk_usage(self.ledger.path.parent).free)
+            self._look_at_disk()
             if self.watchdog is not None:
                 self.watchdog.arm("a commit of the ledger", STANDSTILL_SECONDS)
             await self.begin_commit(all_is_news=True)
             if self.watchdog is not None:
                 self.watchdog.disarm()
             await self.refresh_totals()
+
+    def _look_at_disk(self) -> None:
+        usage = shutil.disk_usage(self.ledger.path.parent)
+        self.note_disk(Reading(total_bytes=usage.total, free_bytes=usage.free))
 
 
 def _is_news(record: Record) -> bool:

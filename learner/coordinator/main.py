@@ -13,7 +13,7 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import uvloop
 
@@ -21,6 +21,7 @@ from environments.base import Description
 from environments.client import EnvironmentClient
 from learner.config import RunConfig
 from learner.coordinator.actor_service import ActorService, Welcome
+from learner.coordinator.ballast import Ballast
 from learner.coordinator.core import STANDSTILL_SECONDS, Coordinator
 from learner.coordinator.ledger import Ledger, Recovered
 from learner.coordinator.metrics import serve_metrics
@@ -91,22 +92,31 @@ async def _serve(settings: RunConfig) -> None:
         loop.call_soon_threadsafe(stop.set, str(error))
 
     ledger = Ledger(settings.run_dir / "ledger.sqlite", on_fatal=on_fatal)
+    ballast = Ballast(settings.run_dir / "ledger.ballast", settings.ledger.disk.ballast_bytes)
+    ballast.hold()
     try:
-        await _run(settings, policy, environments, ledger, stop)
+        await _run(settings, policy, environments, ledger, stop, on_full_disk=on_fatal)
     finally:
+        ballast.release()
         await asyncio.to_thread(ledger.close)
     if failures:
         raise failures[0]
 
 
 async def _run(
-    settings: RunConfig, policy: PolicyFolder, environments: _Environments, ledger: Ledger, stop: Stop
+    settings: RunConfig,
+    policy: PolicyFolder,
+    environments: _Environments,
+    ledger: Ledger,
+    stop: Stop,
+    *,
+    on_full_disk: Callable[[LedgerError], None],
 ) -> None:
     host, _ = rpc.split_address(settings.bind)
     found = ledger.recover()
     scheduler = _restore(settings, policy, environments, ledger, found)
     coordinator = Coordinator(
-        scheduler, ledger, stop, run_id=found.run_id, min_free_bytes=settings.ledger.min_free_bytes
+        scheduler, ledger, stop, run_id=found.run_id, disk=settings.ledger.disk, on_full_disk=on_full_disk
     )
     weights_server = ZeromqServer(f"tcp://{host}:0")
     publications = Publications(weights_server)

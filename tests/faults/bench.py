@@ -30,8 +30,9 @@ import grpc
 
 from environments.base import Description
 from environments.wire import description_to_wire
-from learner.config import FleetConfig, LedgerConfig, RunConfig, ScheduleConfig
+from learner.config import DiskConfig, FleetConfig, LedgerConfig, RunConfig, ScheduleConfig
 from learner.coordinator.audit import audit
+from learner.coordinator.core import NO_LIMITS
 from penstock import config, parent, rpc
 from penstock.chaos.checker import Findings, check
 from penstock.chaos.evidence import gather
@@ -148,6 +149,7 @@ class Bench:
         max_lag: int = 2,
         fleet: FleetConfig = QUICK_FLEET,
         keep_payloads: bool = False,
+        disk: DiskConfig = NO_LIMITS,
     ) -> None:
         self.folder = folder
         self.run_dir = folder / "run"
@@ -156,6 +158,7 @@ class Bench:
         )
         self.fleet = fleet
         self.keep_payloads = keep_payloads
+        self.disk = disk
         self.address = ""
         self.coordinator: Process | None = None
         self.trainer: Process | None = None
@@ -201,8 +204,7 @@ class Bench:
             schedule=self.schedule,
             sampling=Sampling(max_tokens=100_000),
             fleet=self.fleet,
-            # Some tests fill a small disk to its end.
-            ledger=LedgerConfig(keep_payloads=self.keep_payloads, min_free_bytes=1),
+            ledger=LedgerConfig(keep_payloads=self.keep_payloads, disk=self.disk),
         )
         path = self.run_dir / "config.toml"
         path.write_text(config.to_toml(settings))

@@ -143,6 +143,8 @@ class Cluster:
             learning_rate = 1e-3
             [training.checkpoint]
             every_steps = 2
+            [ledger.disk]
+            ballast_bytes = 1_048_576
             """
         )
 
