@@ -18,8 +18,7 @@ A frame that would have more than MAX_DENSITY changes is dense: its `words` are 
 are. Adding is exact only on the base that the delta was made from: whoever applies one
 compares the base's digest before, and the result's after.
 
-numba compiles the loops at their first use, or loads what an earlier process compiled.
-Import this module where a delta is at hand, for numba takes a while to load.
+Import this module where a delta is at hand, for numba (delta_loops.py) takes a while to load.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ import heapq
 import itertools
 import math
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import zstandard
-from numba import njit
 from numpy.typing import NDArray
 
 from penstock.errors import WeightTransferError
+from penstock.weights.delta_loops import LANES, LONG_GAP, add_changes, find_changes, write_changes
 from penstock.weights.manifest import DTYPE_BYTES, TensorEntry
 
 FRAME_BYTES = 4 * 1024 * 1024
@@ -55,8 +54,6 @@ _Word = TypeVar("_Word", bound=np.generic)
 _HEADER = struct.Struct("<QII BBxx 4I 4I")
 _WORDS: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 _LEVEL = 1
-_LANES = 16
-_LONG_GAP = 255
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,9 +94,9 @@ class _Scratch:
         most = int(num_words * MAX_DENSITY) + 1
         self.num_words = num_words
         # The search looks at whole blocks before it counts.
-        self.positions: NDArray[np.uint32] = np.empty(most + _LANES * 4, dtype=np.uint32)
+        self.positions: NDArray[np.uint32] = np.empty(most + LANES * 4, dtype=np.uint32)
         most = self.positions.size
-        self.gaps: NDArray[np.uint8] = np.empty(most + num_words // _LONG_GAP, dtype=np.uint8)
+        self.gaps: NDArray[np.uint8] = np.empty(most + num_words // LONG_GAP, dtype=np.uint8)
         self.symbols: NDArray[np.uint8] = np.empty(most // 4 + 1, dtype=np.uint8)
         self.steps: NDArray[np.uint8] = np.empty(most, dtype=np.uint8)
         self.words: NDArray[np.uint8] = np.empty(most * 4, dtype=np.uint8)
@@ -125,15 +122,15 @@ class FrameEncoder:
             )
         old, new = _as_input(old), _as_input(new)
         scratch = self._scratch_for(new)
-        wide = new.size - new.size % (_LANES * 8 // new.itemsize)
+        wide = new.size - new.size % (LANES * 8 // new.itemsize)
         num_changes = int(
-            _find_changes(old, new, old[:wide].view(np.uint64), new[:wide].view(np.uint64), scratch.positions)
+            find_changes(old, new, old[:wide].view(np.uint64), new[:wide].view(np.uint64), scratch.positions)
         )
         if num_changes == 0:
             return b""
         if num_changes > new.size * MAX_DENSITY:
             return self._frame(offset, new, new.size, (b"", b"", b"", new.tobytes()))
-        num_gaps, num_steps, num_words = _write_changes(
+        num_gaps, num_steps, num_words = write_changes(
             old, new, _as_input(scratch.positions[:num_changes]),
             scratch.gaps, scratch.symbols, scratch.steps, scratch.words.view(new.dtype),
         )  # fmt: skip
@@ -189,10 +186,11 @@ def _frames(delta: NDArray[np.uint8]) -> Iterator[Frame]:
 
 
 class FrameDecoder:
-    """Applies frames. For one thread at a time: zstd has scratch memory."""
+    """Applies frames. For one thread at a time: it has scratch memory."""
 
     def __init__(self) -> None:
         self._decompressor = zstandard.ZstdDecompressor()
+        self._positions: NDArray[np.uint32] = np.empty(0, dtype=np.uint32)
 
     def apply(self, delta: NDArray[np.uint8], frame: Frame, span: NDArray[np.uint8]) -> None:
         """Makes the new bytes of the old, in place.
@@ -207,10 +205,13 @@ class FrameDecoder:
         if frame.is_dense:
             span[:] = words
             return
+        if self._positions.size < frame.num_changes:
+            self._positions = np.empty(frame.num_changes, dtype=np.uint32)
         dtype = _WORDS[frame.width]
-        if not _add_changes(
-            span.view(dtype), frame.num_changes, gaps, symbols, steps.view(np.int8), words.view(dtype)
-        ):
+        if not add_changes(
+            span.view(dtype), frame.num_changes, gaps, symbols, steps.view(np.int8), words.view(dtype),
+            self._positions,
+        ):  # fmt: skip
             raise WeightTransferError(
                 f"the delta for bytes {frame.offset} to {frame.end} contradicts itself: {frame.num_changes} "
                 f"changes in {frame.num_words} words do not fit its streams"
@@ -351,7 +352,7 @@ def _is_possible(frame: Frame) -> bool:
     if frame.is_dense:
         return (gaps, symbols, steps, words) == (0, 0, 0, frame.num_words * frame.width)
     return (
-        frame.num_changes <= gaps <= frame.num_changes + frame.num_words // _LONG_GAP
+        frame.num_changes <= gaps <= frame.num_changes + frame.num_words // LONG_GAP
         and symbols == math.ceil(frame.num_changes / 4)
         and words % frame.width == 0
         and steps + words // frame.width <= frame.num_changes
@@ -363,115 +364,3 @@ def _as_input(array: NDArray[_Word]) -> NDArray[_Word]:
     view = array.view() if array.ctypes.data % 8 == 0 else array.copy()
     view.flags.writeable = False
     return view
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled at its first call; kept for the next process, where numba finds a folder to write to."""
-    try:
-        return njit(cache=True, nogil=True)(function)  # type: ignore[no-any-return]
-    except RuntimeError:  # an installation that is read-only, and a user without a home
-        return njit(nogil=True)(function)  # type: ignore[no-any-return]
-
-
-@_compiled
-def _find_changes(old, new, wide_old, wide_new, positions):  # type: ignore[no-untyped-def]
-    """Writes where `old` and `new` differ, in rising order. Returns how many places that are.
-
-    Ends with positions.size when there may be more than fit.
-    wide_old, wide_new: the same memory as 64-bit lanes; [M] uint64, M a multiple of _LANES.
-    """
-    lane_words = 8 // new.itemsize
-    bits = 8 * new.itemsize
-    mask = np.uint64((np.int64(1) << bits) - 1)
-    found = 0
-    for block in range(0, wide_new.size, _LANES):
-        differing = np.uint64(0)
-        for lane in range(block, block + _LANES):
-            differing |= wide_old[lane] ^ wide_new[lane]
-        if differing == 0:
-            continue
-        if found + _LANES * lane_words > positions.size:
-            return positions.size
-        for lane in range(block, block + _LANES):
-            differing = wide_old[lane] ^ wide_new[lane]
-            if differing == 0:
-                continue
-            # A place is written, and kept if it differs: a branch would be guessed wrong.
-            for word in range(lane_words):
-                positions[found] = lane * lane_words + word
-                found += int((differing >> np.uint64(word * bits)) & mask != 0)
-    for word in range(wide_new.size * lane_words, new.size):
-        if old[word] != new[word]:
-            if found == positions.size:
-                return found
-            positions[found] = word
-            found += 1
-    return found
-
-
-@_compiled
-def _write_changes(old, new, positions, gaps, symbols, steps, words):  # type: ignore[no-untyped-def]
-    """Writes the streams of a sparse frame. Returns the numbers of gap bytes, steps and words."""
-    bits = 8 * new.itemsize
-    top = np.int64(1) << bits
-    half = np.int64(1) << (bits - 1)
-    num_gaps = num_steps = num_words = 0
-    behind = 0  # the word behind the last change
-    for change in range(positions.size):
-        position = int(positions[change])
-        gap = position - behind
-        behind = position + 1
-        while gap >= _LONG_GAP:
-            gaps[num_gaps] = _LONG_GAP
-            num_gaps += 1
-            gap -= _LONG_GAP
-        gaps[num_gaps] = gap
-        num_gaps += 1
-        step = (np.int64(new[position]) - np.int64(old[position])) & (top - 1)
-        if step >= half:
-            step -= top
-        if step == 1 or step == -1:
-            symbol = (1 - step) >> 1
-        elif -128 <= step <= 127:
-            symbol = 2
-            steps[num_steps] = step & 255
-            num_steps += 1
-        else:
-            symbol = 3
-            words[num_words] = new[position]
-            num_words += 1
-        place = 2 * (change & 3)
-        symbols[change >> 2] = symbol if place == 0 else symbols[change >> 2] | symbol << place
-    return num_gaps, num_steps, num_words
-
-
-@_compiled
-def _add_changes(span, num_changes, gaps, symbols, steps, words):  # type: ignore[no-untyped-def]
-    """Applies a sparse frame to `span`. False, with nothing beyond its bounds read or written, if it cannot be."""
-    position = 0
-    next_gap = next_step = next_word = 0
-    for change in range(num_changes):
-        gap = 255
-        while gap == 255:
-            if next_gap >= gaps.size:
-                return False
-            gap = int(gaps[next_gap])
-            next_gap += 1
-            position += gap
-        if position >= span.size:
-            return False
-        symbol = (symbols[change >> 2] >> (2 * (change & 3))) & 3
-        if symbol < 2:
-            span[position] += 1 - 2 * np.int64(symbol)
-        elif symbol == 2:
-            if next_step >= steps.size:
-                return False
-            span[position] += np.int64(steps[next_step])
-            next_step += 1
-        else:
-            if next_word >= words.size:
-                return False
-            span[position] = words[next_word]
-            next_word += 1
-        position += 1
-    return next_gap == gaps.size and next_step == steps.size and next_word == words.size

@@ -1,0 +1,172 @@
+"""The compiled loops of deltas: find what changed, write it as streams, apply streams.
+
+They run without the interpreter's lock. numba compiles them at their first use, or loads what an
+earlier process compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 16
+"""64-bit lanes that are compared together."""
+LONG_GAP = 255
+"""A byte of gaps that adds itself and goes on."""
+
+_AHEAD = 64
+"""Changes between asking for a word's cache line and writing to it: about what a memory access takes."""
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled at its first call; kept for the next process, where numba finds a folder to write to."""
+    try:
+        return njit(cache=True, nogil=True)(function)  # type: ignore[no-any-return]
+    except RuntimeError:  # an installation that is read-only, and a user without a home
+        return njit(nogil=True)(function)  # type: ignore[no-any-return]
+
+
+@_compiled
+def find_changes(old, new, wide_old, wide_new, positions):  # type: ignore[no-untyped-def]
+    """Writes where `old` and `new` differ, in rising order. Returns how many places that are.
+
+    Ends with positions.size when there may be more than fit.
+    wide_old, wide_new: the same memory as 64-bit lanes; [M] uint64, M a multiple of LANES.
+    """
+    lane_words = 8 // new.itemsize
+    bits = 8 * new.itemsize
+    mask = np.uint64((np.int64(1) << bits) - 1)
+    found = 0
+    for block in range(0, wide_new.size, LANES):
+        differing = np.uint64(0)
+        for lane in range(block, block + LANES):
+            differing |= wide_old[lane] ^ wide_new[lane]
+        if differing == 0:
+            continue
+        if found + LANES * lane_words > positions.size:
+            return positions.size
+        for lane in range(block, block + LANES):
+            differing = wide_old[lane] ^ wide_new[lane]
+            if differing == 0:
+                continue
+            # A place is written, and kept if it differs: a branch would be guessed wrong.
+            for word in range(lane_words):
+                positions[found] = lane * lane_words + word
+                found += int((differing >> np.uint64(word * bits)) & mask != 0)
+    for word in range(wide_new.size * lane_words, new.size):
+        if old[word] != new[word]:
+            if found == positions.size:
+                return found
+            positions[found] = word
+            found += 1
+    return found
+
+
+@_compiled
+def write_changes(old, new, positions, gaps, symbols, steps, words):  # type: ignore[no-untyped-def]
+    """Writes the streams of a sparse frame. Returns the numbers of gap bytes, steps and words."""
+    bits = 8 * new.itemsize
+    top = np.int64(1) << bits
+    half = np.int64(1) << (bits - 1)
+    num_gaps = num_steps = num_words = 0
+    behind = 0  # the word behind the last change
+    for change in range(positions.size):
+        position = int(positions[change])
+        gap = position - behind
+        behind = position + 1
+        while gap >= LONG_GAP:
+            gaps[num_gaps] = LONG_GAP
+            num_gaps += 1
+            gap -= LONG_GAP
+        gaps[num_gaps] = gap
+        num_gaps += 1
+        step = (np.int64(new[position]) - np.int64(old[position])) & (top - 1)
+        if step >= half:
+            step -= top
+        if step == 1 or step == -1:
+            symbol = (1 - step) >> 1
+        elif -128 <= step <= 127:
+            symbol = 2
+            steps[num_steps] = step & 255
+            num_steps += 1
+        else:
+            symbol = 3
+            words[num_words] = new[position]
+            num_words += 1
+        place = 2 * (change & 3)
+        symbols[change >> 2] = symbol if place == 0 else symbols[change >> 2] | symbol << place
+    return num_gaps, num_steps, num_words
+
+
+@intrinsic
+def _prefetch(typing_context, words, index):  # type: ignore[no-untyped-def]
+    """Asks for the cache line of words[index], to write to it; nothing waits for it."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        address = builder.bitcast(builder.gep(array.data, [arguments[1]]), cgutils.voidptr_t)
+        flag = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, flag, flag, flag])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], kind)
+        for_writing, keep, data = flag(1), flag(3), flag(1)
+        builder.call(prefetch, [address, for_writing, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(words, index), generate
+
+
+@_compiled
+def _find_positions(num_words, num_changes, gaps, positions):  # type: ignore[no-untyped-def]
+    """Writes the place of each change. False if they do not fit into `num_words`, or the gaps are not used up."""
+    position = next_gap = 0
+    for change in range(num_changes):
+        gap = LONG_GAP
+        while gap == LONG_GAP:
+            if next_gap >= gaps.size:
+                return False
+            gap = int(gaps[next_gap])
+            next_gap += 1
+            position += gap
+        if position >= num_words:
+            return False
+        positions[change] = position
+        position += 1
+    return next_gap == gaps.size
+
+
+@_compiled
+def add_changes(span, num_changes, gaps, symbols, steps, words, positions):  # type: ignore[no-untyped-def]
+    """Applies a sparse frame to `span`. False, with nothing beyond its bounds read or written, if it cannot be.
+
+    positions: scratch, [at least num_changes] uint32. Changes lie about a cache line apart, where the processor
+    guesses none of them: with all positions known first, lines are asked for ahead, and wait for each other no more.
+    """
+    if not _find_positions(span.size, num_changes, gaps, positions):
+        return False
+    for change in range(min(_AHEAD, num_changes)):
+        _prefetch(span, np.int64(positions[change]))
+    next_step = next_word = 0
+    for change in range(num_changes):
+        if change + _AHEAD < num_changes:
+            _prefetch(span, np.int64(positions[change + _AHEAD]))
+        position = np.int64(positions[change])
+        symbol = (symbols[change >> 2] >> (2 * (change & 3))) & 3
+        if symbol < 2:
+            span[position] += 1 - 2 * np.int64(symbol)
+        elif symbol == 2:
+            if next_step >= steps.size:
+                return False
+            span[position] += np.int64(steps[next_step])
+            next_step += 1
+        else:
+            if next_word >= words.size:
+                return False
+            span[position] = words[next_word]
+            next_word += 1
+    return next_step == steps.size and next_word == words.size
