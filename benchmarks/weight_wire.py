@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -74,6 +75,15 @@ class Learner:
         self._dense_server = ZeromqServer(f"tcp://{LEARNER}:0", num_versions=NUM_DENSE)
 
     def run(self) -> None:
+        """Until the other end of standard input is closed."""
+        try:
+            self._publish()
+            sys.stdin.read()
+        finally:
+            for each in (self._server, self._dense_server, self._log, self._ring):
+                each.close()
+
+    def _publish(self) -> None:
         threading.Thread(target=self._serve_raw, daemon=True).start()
         for number in range(NUM_DENSE):
             written = self._ring.write(PolicyVersion(1, number), [tensor_of(self._random())])
@@ -84,9 +94,6 @@ class Learner:
             self._offer("late" if step else "base", written, self._server)
             words = moved(words, self._generator)
         (self._folder / "ready").touch()
-        sys.stdin.read()
-        for each in (self._server, self._dense_server, self._log, self._ring):
-            each.close()
 
     def _random(self) -> Words:
         return self._generator.integers(0, 1 << 16, self._num_bytes // 2, dtype=np.uint16)
@@ -216,6 +223,8 @@ def main() -> None:
     add_arguments(parser)
     arguments = parser.parse_args()
     num_bytes = arguments.megabytes << 20
+    # As an exception it ends the namespaces and the segments too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if arguments.role == "learner":
         Learner(num_bytes, arguments.folder).run()
     elif arguments.role == "actor":
