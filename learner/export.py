@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from learner.config import RunConfig
+from learner.training.adapter_folder import check_adapter_folder, write_adapter_folder
+from learner.training.adapters import Adapters, merged, parts_of
 from learner.training.checkpoint import (
     POLICY,
     Checkpoint,
@@ -19,13 +22,21 @@ from learner.training.checkpoint import (
 )
 from learner.training.config import Precision
 from learner.training.folder import check_output_folder, write_policy_folder
+from learner.training.model import load_causal_lm, weights_digest
+from learner.training.publish import named_tensors
 from penstock import config as configuration
 from penstock.errors import ConfigError
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = _parse(argv)
-    step = export(arguments.run_dir, arguments.out, step=arguments.step, precision=Precision(arguments.dtype))
+    step = export(
+        arguments.run_dir,
+        arguments.out,
+        step=arguments.step,
+        precision=Precision(arguments.dtype),
+        adapter_only=arguments.adapter,
+    )
     Console().print(f"step {step} written to {arguments.out}", highlight=False)
     return 0
 
@@ -45,25 +56,54 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         default="float32",
         help="of the weights that are written",
     )
+    parser.add_argument(
+        "--adapter", action="store_true", help="the adapters alone, as peft loads them; else they are merged"
+    )
     return parser.parse_args(argv)
 
 
 def export(
-    run_dir: Path, out: Path, *, step: int | None = None, precision: Precision = Precision.FLOAT32
+    run_dir: Path,
+    out: Path,
+    *,
+    step: int | None = None,
+    precision: Precision = Precision.FLOAT32,
+    adapter_only: bool = False,
 ) -> int:
-    """Writes a sound checkpoint to `out`; returns its step. Safe while the run goes on. Raises ConfigError."""
+    """Writes a sound checkpoint to `out`; returns its step. Safe while the run goes on. Raises ConfigError.
+
+    adapter_only: of a run that trains adapters, those alone, as peft loads them; else they are merged.
+    """
     if not (run_dir / "config.toml").is_file():
         raise ConfigError(f"{run_dir}: has no config.toml; expected the folder of a run")
     config = configuration.load(
         RunConfig, [str(run_dir / "config.toml")], prog="penstock export", description="A run."
     )
-    check_output_folder(out)
+    (check_adapter_folder if adapter_only else check_output_folder)(out)
     checkpoint = _find(run_dir / "checkpoints", step)
     with CheckpointReader(checkpoint.path) as reader:
         names = [name for name in reader.tensors if name.startswith(POLICY)]
         tensors = {name.removeprefix(POLICY): reader.full(name) for name in names}
-    write_policy_folder(out, tensors, source=config.policy, precision=precision)
+        adapters = reader.adapters
+    if adapters is not None and weights_digest(config.policy) != adapters.base_digest:
+        raise ConfigError(
+            f"checkpoint {checkpoint.path} holds adapters of other weights than {config.policy} has now; "
+            "put that folder back as it was when the run began"
+        )
+    if not adapter_only:
+        whole = tensors if adapters is None else _merged(tensors, adapters, config.policy)
+        write_policy_folder(out, whole, source=config.policy, precision=precision)
+    elif adapters is None:
+        raise ConfigError(f"{run_dir} trains all weights: it has no adapters; leave out --adapter")
+    else:
+        write_adapter_folder(out, tensors, adapters, source=config.policy, precision=precision)
     return checkpoint.step
+
+
+def _merged(tensors: Mapping[str, torch.Tensor], adapters: Adapters, folder: Path) -> dict[str, torch.Tensor]:
+    """The policy of a folder with adapters added to it."""
+    base = dict(named_tensors(load_causal_lm(folder)))
+    return merged(base, parts_of(tensors.items()), adapters.scale)
 
 
 def _find(folder: Path, step: int | None) -> Checkpoint:

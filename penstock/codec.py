@@ -30,13 +30,16 @@ from penstock.trajectory import (
 from penstock.v1 import coordinator_pb2, trajectory_pb2, weights_pb2
 from penstock.weights.manifest import (
     DIGEST_BYTES,
+    AdapterUpdate,
     Delta,
+    Factor,
     Manifest,
     Medium,
     SharedMemoryMedium,
     Snapshot,
     TensorEntry,
     ZeromqMedium,
+    adapter_digest,
     check_manifest,
     delta_digest,
 )
@@ -308,6 +311,7 @@ def manifest_to_wire(manifest: Manifest) -> weights_pb2.WeightManifest:
         media=[_medium_to_wire(medium) for medium in manifest.media],
         deltas=[_delta_to_wire(delta) for delta in manifest.deltas],
         snapshot=None if manifest.snapshot is None else _snapshot_to_wire(manifest.snapshot),
+        adapter=None if manifest.adapter is None else _adapter_to_wire(manifest.adapter),
     )
 
 
@@ -337,7 +341,8 @@ def manifest_from_wire(message: weights_pb2.WeightManifest) -> Manifest:
             _medium_from_wire(medium) for medium in message.media if medium.WhichOneof("medium") is not None
         ),
         deltas=tuple(_delta_from_wire(delta, message.chunk_bytes) for delta in message.deltas),
-        snapshot=_snapshot_from_wire(message) if message.HasField("snapshot") else None,
+        snapshot=_snapshot_from_wire(message.snapshot, message) if message.HasField("snapshot") else None,
+        adapter=_adapter_from_wire(message) if message.HasField("adapter") else None,
     )
     check_manifest(manifest)
     return manifest
@@ -383,14 +388,48 @@ def _snapshot_to_wire(snapshot: Snapshot) -> weights_pb2.WeightSnapshot:
     )
 
 
-def _snapshot_from_wire(message: weights_pb2.WeightManifest) -> Snapshot:
+def _snapshot_from_wire(
+    message: weights_pb2.WeightSnapshot, manifest: weights_pb2.WeightManifest
+) -> Snapshot:
     return Snapshot(
-        version=version_from_wire(message.snapshot.version),
-        num_bytes=message.num_bytes,
+        version=version_from_wire(message.version),
+        num_bytes=manifest.num_bytes,
+        chunk_bytes=manifest.chunk_bytes,
+        chunk_digests=_chunk_digests(message.chunk_digests),
+        digest=message.digest,
+        segment=_segment_from_wire(message.segment),
+    )
+
+
+def _adapter_to_wire(adapter: AdapterUpdate) -> weights_pb2.WeightAdapter:
+    return weights_pb2.WeightAdapter(
+        base=_snapshot_to_wire(adapter.base),
+        factors=[
+            weights_pb2.WeightFactor(tensor=factor.tensor, rank=factor.rank, scale=factor.scale)
+            for factor in adapter.factors
+        ],
+        num_bytes=adapter.num_bytes,
+        chunk_digests=b"".join(adapter.chunk_digests),
+        segment=_segment_to_wire(adapter.segment),
+    )
+
+
+def _adapter_from_wire(message: weights_pb2.WeightManifest) -> AdapterUpdate:
+    adapter = message.adapter
+    base = _snapshot_from_wire(adapter.base, message)
+    factors = tuple(
+        Factor(tensor=factor.tensor, rank=factor.rank, scale=factor.scale) for factor in adapter.factors
+    )
+    digests = _chunk_digests(adapter.chunk_digests)
+    return AdapterUpdate(
+        version=version_from_wire(message.version),
+        num_bytes=adapter.num_bytes,
         chunk_bytes=message.chunk_bytes,
-        chunk_digests=_chunk_digests(message.snapshot.chunk_digests),
-        digest=message.snapshot.digest,
-        segment=_segment_from_wire(message.snapshot.segment),
+        chunk_digests=digests,
+        digest=adapter_digest(base.digest, message.digest, factors, digests),
+        base=base,
+        factors=factors,
+        segment=_segment_from_wire(adapter.segment),
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from learner.algorithms.preference_recipe import PreferenceLoss, PreferenceRecipe
-from learner.training.config import Device, OptimizerConfig, Precision
+from learner.training.config import Device, LoraConfig, OptimizerConfig, Precision
 from learner.training.preference_config import preference_recipe
 from penstock.errors import ConfigError
 
@@ -33,6 +33,7 @@ class OfflineConfig:
     device: Device = Device.AUTO
     precision: Precision = Precision.FLOAT32
     activation_checkpointing: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         for name, least in (("num_epochs", 1), ("num_steps", 0), ("num_ranks", 1), ("row_tokens", 16)):

@@ -12,14 +12,14 @@ import torch
 
 from learner.algorithms.preference_recipe import PreferenceLoss, PreferenceRecipe
 from learner.offline.config import DpoConfig
+from learner.offline.result import write_result
 from learner.offline.steps import context_of, make_updater, run_steps
 from learner.training.examples import load_tokenizer, read_pairs
-from learner.training.folder import check_output_folder, write_policy_folder
+from learner.training.folder import check_output_folder
 from learner.training.model import load_policy
 from learner.training.packing import TokenSequence
-from learner.training.parallel import Ranks, whole
+from learner.training.parallel import Ranks
 from learner.training.preference import Pair, PairReference, mismatched, reference_of, update_policy
-from learner.training.publish import published_tensors
 from learner.training.updater import Updater, UpdateReport
 
 
@@ -35,7 +35,12 @@ def train_dpo(config: DpoConfig, ranks: Ranks) -> float:
     """Trains and writes the policy. Returns the mean loss of the last tenth of the steps. Raises PenstockError."""
     check_output_folder(config.out)
     torch.manual_seed(config.seed)
-    policy = load_policy(config.policy, activation_checkpointing=config.activation_checkpointing)
+    policy = load_policy(
+        config.policy,
+        activation_checkpointing=config.activation_checkpointing,
+        lora=config.lora,
+        seed=config.seed,
+    )
     tokenizer = load_tokenizer(config.policy)
     pairs = read_pairs(config.data, tokenizer, max_tokens=context_of(policy))
     updater = make_updater(policy, ranks, config, config.optimizer)
@@ -57,9 +62,7 @@ def train_dpo(config: DpoConfig, ranks: Ranks) -> float:
         config, config.optimizer, _with_references(updater, recipe, pairs), step,
         batch_size=config.batch_pairs, name="dpo", quiet=not ranks.is_first,
     )  # fmt: skip
-    tensors = {name: whole(tensor) for name, tensor in published_tensors(policy)}
-    if ranks.is_first:
-        write_policy_folder(config.out, tensors, source=config.policy, precision=config.precision)
+    write_result(policy, ranks, config)
     return final_loss
 
 

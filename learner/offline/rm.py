@@ -9,12 +9,12 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from learner.offline.config import RmConfig
+from learner.offline.result import write_result
 from learner.offline.steps import context_of, make_updater, run_steps
 from learner.training.examples import load_tokenizer, read_pairs
-from learner.training.folder import check_output_folder, write_policy_folder
-from learner.training.parallel import Ranks, whole
+from learner.training.folder import check_output_folder
+from learner.training.parallel import Ranks
 from learner.training.preference import Pair, update_reward_model
-from learner.training.publish import published_tensors
 from learner.training.scalar import as_scored, load_scalar_model
 from learner.training.updater import UpdateReport
 
@@ -23,7 +23,12 @@ def train_rm(config: RmConfig, ranks: Ranks) -> float:
     """Trains and writes the model. Returns the mean loss of the last tenth of the steps. Raises PenstockError."""
     check_output_folder(config.out)
     torch.manual_seed(config.seed)
-    model = load_scalar_model(config.policy, activation_checkpointing=config.activation_checkpointing)
+    model = load_scalar_model(
+        config.policy,
+        activation_checkpointing=config.activation_checkpointing,
+        lora=config.lora,
+        seed=config.seed,
+    )
     tokenizer = load_tokenizer(config.policy)
     pairs = [_scored(pair) for pair in read_pairs(config.data, tokenizer, max_tokens=context_of(model))]
     updater = make_updater(model, ranks, config, config.optimizer)
@@ -36,18 +41,15 @@ def train_rm(config: RmConfig, ranks: Ranks) -> float:
         config, config.optimizer, pairs, step,
         batch_size=config.batch_pairs, name="rm", quiet=not ranks.is_first,
     )  # fmt: skip
-    tensors = {name: whole(tensor) for name, tensor in published_tensors(model)}
-    if ranks.is_first:
-        padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        write_policy_folder(
-            config.out,
-            tensors,
-            source=config.policy,
-            precision=config.precision,
-            architecture=AutoModelForSequenceClassification,
-            num_labels=1,
-            pad_token_id=padding,
-        )
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    write_result(
+        model,
+        ranks,
+        config,
+        architecture=AutoModelForSequenceClassification,
+        num_labels=1,
+        pad_token_id=padding,
+    )
     return final_loss
 
 

@@ -9,14 +9,14 @@ import torch
 from learner.algorithms.sft import completion_cross_entropy
 from learner.algorithms.sums import Sums
 from learner.offline.config import SftConfig
+from learner.offline.result import write_result
 from learner.offline.steps import context_of, make_updater, run_steps
 from learner.training.examples import load_tokenizer, read_examples
-from learner.training.folder import check_output_folder, write_policy_folder
+from learner.training.folder import check_output_folder
 from learner.training.model import load_policy
 from learner.training.packing import PackedRow, TokenSequence
-from learner.training.parallel import Ranks, whole
+from learner.training.parallel import Ranks
 from learner.training.policy import TokenScores
-from learner.training.publish import published_tensors
 from learner.training.updater import UpdateReport
 
 
@@ -24,7 +24,12 @@ def train_sft(config: SftConfig, ranks: Ranks) -> float:
     """Trains and writes the policy. Returns the mean loss of the last tenth of the steps. Raises PenstockError."""
     check_output_folder(config.out)
     torch.manual_seed(config.seed)
-    policy = load_policy(config.policy, activation_checkpointing=config.activation_checkpointing)
+    policy = load_policy(
+        config.policy,
+        activation_checkpointing=config.activation_checkpointing,
+        lora=config.lora,
+        seed=config.seed,
+    )
     tokenizer = load_tokenizer(config.policy)
     examples = read_examples(config.data, tokenizer, max_tokens=context_of(policy))
     updater = make_updater(policy, ranks, config, config.optimizer)
@@ -36,9 +41,7 @@ def train_sft(config: SftConfig, ranks: Ranks) -> float:
         config, config.optimizer, examples, step,
         batch_size=config.batch_sequences, name="sft", quiet=not ranks.is_first,
     )  # fmt: skip
-    tensors = {name: whole(tensor) for name, tensor in published_tensors(policy)}
-    if ranks.is_first:
-        write_policy_folder(config.out, tensors, source=config.policy, precision=config.precision)
+    write_result(policy, ranks, config)
     return final_loss
 
 

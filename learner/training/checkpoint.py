@@ -14,6 +14,7 @@ later, which its digests tell.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -31,8 +32,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+from learner.training.adapters import Adapters
 from learner.training.parallel import Ranks, local
-from learner.training.publish import published_tensors
+from learner.training.publish import trained_tensors
 from learner.training.updater import Updater
 from penstock.errors import ConfigError, PenstockError
 
@@ -217,7 +219,7 @@ def _state_of(updater: Updater) -> dict[str, torch.Tensor]:
 
 
 def _named_tensors(updater: Updater) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in published_tensors(updater.policy):
+    for name, tensor in trained_tensors(updater.policy):
         yield f"{POLICY}{name}", tensor
     for name, parameter in updater.policy.causal_lm.named_parameters():
         for kind, value in updater.optimizer.state.get(parameter, {}).items():
@@ -250,6 +252,8 @@ def _manifest_bytes(updater: Updater, step: int, digests: list[str]) -> bytes:
     }
     files = {_shard_name(rank, world_size): digest for rank, digest in enumerate(digests)}
     fields = {"format": FORMAT, "step": step, "files": files, "tensors": tensors}
+    if updater.policy.adapters is not None:
+        fields["adapters"] = dataclasses.asdict(updater.policy.adapters)
     return json.dumps(fields, indent=1).encode()
 
 
@@ -262,6 +266,8 @@ class CheckpointReader:
         if fields["format"] != FORMAT:
             raise ConfigError(f"{path}: checkpoint format is {fields['format']}; this program reads {FORMAT}")
         self.tensors: Mapping[str, dict[str, Any]] = fields["tensors"]
+        self.adapters = Adapters(**fields["adapters"]) if "adapters" in fields else None
+        """What the tensors are, if they aren't the whole policy."""
         self._files = [self._stack.enter_context(safe_open(path / name, "pt")) for name in fields["files"]]
 
     def __enter__(self) -> CheckpointReader:
@@ -298,6 +304,7 @@ class CheckpointReader:
 def _load(path: Path, updater: Updater) -> None:
     try:
         with CheckpointReader(path) as reader, torch.no_grad():
+            _check_adapters(path, reader.adapters, updater.policy.adapters)
             _load_policy(reader, updater)
             _load_optimizer(reader, updater)
             _load_rng(reader, updater.ranks)
@@ -307,15 +314,35 @@ def _load(path: Path, updater: Updater) -> None:
         ) from error
 
 
+def _check_adapters(path: Path, written: Adapters | None, wanted: Adapters | None) -> None:
+    if written == wanted:
+        return
+    if written is not None and wanted is not None and written.base_digest != wanted.base_digest:
+        raise ConfigError(
+            f"checkpoint {path} holds adapters of other weights than those of the run's policy folder, which has "
+            "changed since: adapters alone are kept in checkpoints; put the folder back as it was"
+        )
+    raise ConfigError(
+        f"checkpoint {path} holds {_described(written)}, but the run trains {_described(wanted)}; set "
+        "training.lora back, or take another run_dir"
+    )
+
+
+def _described(adapters: Adapters | None) -> str:
+    return (
+        "all weights" if adapters is None else f"adapters of rank {adapters.rank}, scale {adapters.scale:g}"
+    )
+
+
 def _load_policy(reader: CheckpointReader, updater: Updater) -> None:
-    for name, tensor in published_tensors(updater.policy):
+    for name, tensor in trained_tensors(updater.policy):
         _fill(reader, f"{POLICY}{name}", tensor, updater.ranks)
 
 
 def _load_optimizer(reader: CheckpointReader, updater: Updater) -> None:
     kinds = sorted({name.split("/")[1] for name in reader.tensors if name.startswith(_OPTIMIZER)})
     for name, parameter in updater.policy.causal_lm.named_parameters():
-        for kind in kinds:
+        for kind in kinds if parameter.requires_grad else ():
             key = f"{_OPTIMIZER}{kind}/{name}"
             is_scalar = not reader.tensors[key]["shape"]
             value = (

@@ -7,6 +7,8 @@ from enum import StrEnum
 
 from penstock.errors import ConfigError
 
+ALL_LINEAR = "all-linear"
+
 
 class Device(StrEnum):
     AUTO = "auto"
@@ -70,6 +72,35 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021) instead of all weights. They have no dropout: it would make the
+    trainer's log-probabilities differ from the engine's."""
+
+    rank: int = 0
+    """0 trains all weights."""
+    alpha: float | None = None
+    """The adapters' product is multiplied by alpha / rank; unset, alpha is twice the rank."""
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """The linear layers that get one, by their names or the ends of them, such as q_proj. all-linear is all
+    but the one that gives the logits."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ConfigError(f"lora.rank is {self.rank}; expected 1 or more, or 0 to train all weights")
+        if self.rank == 0 and (self.alpha is not None or self.target_modules != (ALL_LINEAR,)):
+            raise ConfigError("lora.alpha and lora.target_modules have no effect while lora.rank is 0")
+        if self.alpha is not None and self.alpha <= 0:
+            raise ConfigError(f"lora.alpha is {self.alpha}; expected more than 0")
+        if not self.target_modules:
+            raise ConfigError(f"lora.target_modules is empty; expected names of layers, or {ALL_LINEAR}")
+
+    @property
+    def scale(self) -> float:
+        """What the adapters' product is multiplied by."""
+        return (2.0 * self.rank if self.alpha is None else self.alpha) / self.rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingConfig:
     num_ranks: int = 1
     """Trainer processes on this host; FSDP2 shards the policy over them."""
@@ -85,6 +116,7 @@ class TrainingConfig:
     """Keep only each block's input for the backward pass, and compute the rest again."""
     compile: bool = False
     """torch.compile each block: minutes at the start, then faster steps on GPUs."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 

@@ -23,7 +23,7 @@ from learner.training.checkpoint import Checkpoints
 from learner.training.coordinator import Coordinator
 from learner.training.orders import Leave, Orders, Train, WriteCheckpoint
 from learner.training.parallel import Ranks
-from learner.training.publish import Publisher
+from learner.training.publish import Publishes
 from learner.training.step import Algorithm
 from penstock.errors import TrainingDiverged
 from penstock.trajectory import PolicyVersion
@@ -92,7 +92,7 @@ class Versions:
     """Publishes versions: weights first, then the coordinator's journal, then the metrics file."""
 
     def __init__(
-        self, publisher: Publisher, coordinator: Coordinator, ranks: Ranks, metrics_path: Path
+        self, publisher: Publishes, coordinator: Coordinator, ranks: Ranks, metrics_path: Path
     ) -> None:
         self._publisher = publisher
         self._coordinator = coordinator

@@ -9,31 +9,53 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from learner.training.adapters import add_adapters
+from learner.training.config import LoraConfig
 from learner.training.policy import Policy, choose_evaluation
 from penstock.errors import ConfigError
 
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
-def load_policy(folder: Path, *, activation_checkpointing: bool = False) -> Policy:
+def load_policy(
+    folder: Path, *, activation_checkpointing: bool = False, lora: LoraConfig | None = None, seed: int = 0
+) -> Policy:
     """Loads config and safetensors into float32 masters on the CPU. Raises ConfigError.
 
+    lora: with a rank, adapters are added, and only they will be trained. seed: of their first values.
     Dropout is off: it would make the trainer's log-probabilities differ from the engine's.
     """
-    config = load_policy_config(folder)
-    _check_weight_files(folder)
-    with quiet_transformers():
-        causal_lm = _load_weights(folder, config)
+    causal_lm = load_causal_lm(folder)
     if activation_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     causal_lm.eval()
     evaluation = choose_evaluation(causal_lm)
+    policy = Policy(causal_lm, evaluation)
+    if lora is not None and lora.rank:
+        policy.adapters = add_adapters(causal_lm, lora, base_digest=weights_digest(folder), seed=seed)
     causal_lm.train()
-    return Policy(causal_lm, evaluation)
+    return policy
+
+
+def load_causal_lm(folder: Path) -> Any:
+    """The weights in float32, with no dropout. Raises ConfigError."""
+    config = load_policy_config(folder)
+    _check_weight_files(folder)
+    with quiet_transformers():
+        return _load_weights(folder, config)
+
+
+def weights_digest(folder: Path) -> str:
+    """BLAKE3 of a policy folder's weights, in hexadecimal."""
+    digest = blake3()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(blake3().update_mmap(path).digest())
+    return digest.hexdigest()
 
 
 def load_policy_config(folder: Path) -> Any:

@@ -163,10 +163,13 @@ def _join(rank: int, world_size: int, device: torch.device) -> None:
 def place(policy: Policy, ranks: Ranks, precision: Precision, *, compiled: bool = False) -> None:
     """Moves the policy to its device and, where there is a mesh, shards it block by block (FSDP2).
 
-    Master weights and gradient reduction are float32; blocks compute in `precision`. With
+    Master weights and gradient reduction are float32; blocks compute in `precision`, in which what is
+    frozen is also kept. With
     `compiled`, torch.compile makes kernels of each block, once for all row lengths.
     """
     _give_context(policy, ranks.context)
+    compute = torch.bfloat16 if precision is Precision.BFLOAT16 else torch.float32
+    _store_frozen(policy, compute)
     blocks = _blocks(policy.causal_lm)
     if compiled:
         for block in blocks:
@@ -174,12 +177,18 @@ def place(policy: Policy, ranks: Ranks, precision: Precision, *, compiled: bool 
     if ranks.mesh is None:
         policy.to(ranks.device)
         return
-    compute = torch.bfloat16 if precision is Precision.BFLOAT16 else torch.float32
     mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     alone = ranks.mesh.size() == 1
     for block in blocks:
         fully_shard(block, mesh=ranks.mesh, mp_policy=mixed, reshard_after_forward=not alone)
     fully_shard(policy, mesh=ranks.mesh, mp_policy=mixed)
+
+
+def _store_frozen(policy: Policy, compute: torch.dtype) -> None:
+    """What isn't trained needs no master."""
+    for parameter in policy.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(compute)
 
 
 def _give_context(policy: Policy, context: ContextGroup | None) -> None:

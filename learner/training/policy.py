@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from learner.training.adapters import Adapters
 from learner.training.attention import PACKED, AttentionUnsupported, RowLayout
 from learner.training.context import ContextGroup
 from learner.training.logprobs import score_logits, token_logprobs
@@ -61,6 +62,8 @@ class Policy(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
         self.evaluation = evaluation
+        self.adapters: Adapters | None = None
+        """What alone is trained, if anything is not."""
         self.context: ContextGroup | None = None
         """Who else holds tokens of each row."""
 

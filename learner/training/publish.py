@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
+from learner.training.adapters import merged, parts_of
 from learner.training.config import Precision
 from learner.training.parallel import Ranks, local, whole
 from learner.training.policy import Policy
@@ -32,6 +34,17 @@ class WeightSink(Protocol):
         ...
 
 
+class Publishes(Protocol):
+    """What makes versions of a policy."""
+
+    deltas_wanted: bool
+    """Whether actors on other hosts want deltas, as rank 0 was told."""
+
+    def write(self, version: PolicyVersion) -> Manifest | None:
+        """Every rank calls it; rank 0 gets the manifest. Raises PenstockError for weights that are not finite."""
+        ...
+
+
 class Publisher:
     """Gathers the policy and writes it to a sink, in the precision that it computes in.
 
@@ -52,7 +65,7 @@ class Publisher:
 
         Raises PenstockError for weights that are not finite.
         """
-        self._refuse_non_finite(version)
+        refuse_non_finite(version, published_tensors(self._policy), self._ranks)
         wanted = bool(self._ranks.maximum(torch.tensor([int(self.deltas_wanted)])))
         if wanted and self._shards.is_ready:
             delta = self._shards.gather(self._tensors(), _DTYPES[self._dtype])
@@ -61,7 +74,7 @@ class Publisher:
         for name, tensor in self._tensors():
             full = whole(tensor)
             if self._sink is not None:
-                tensors.append(_to_host(name, full))
+                tensors.append(to_host(name, full))
         if wanted:
             self._shards.remember(self._tensors(), _DTYPES[self._dtype])
         else:
@@ -73,21 +86,30 @@ class Publisher:
         for name, tensor in published_tensors(self._policy):
             yield name, tensor.to(self._dtype)
 
-    def _refuse_non_finite(self, version: PolicyVersion) -> None:
-        tensors = [(name, local(tensor)) for name, tensor in published_tensors(self._policy)]
-        finite = torch.stack([torch.isfinite(tensor).all() for _, tensor in tensors]).to(torch.int64).cpu()
-        bad = self._ranks.maximum(1 - finite).tolist()
-        names = [name for (name, _), is_bad in zip(tensors, bad, strict=True) if is_bad]
-        if names:
-            raise PenstockError(
-                f"version {version} is not published: {len(names)} tensors are not finite, such as {names[0]}; "
-                "start again to go on from the newest checkpoint, with a lower learning rate"
-            )
+
+def refuse_non_finite(
+    version: PolicyVersion, named: Iterable[tuple[str, torch.Tensor]], ranks: Ranks
+) -> None:
+    """Raises PenstockError, on every rank, if any rank's part of a tensor is not finite."""
+    tensors = [(name, local(tensor)) for name, tensor in named]
+    finite = torch.stack([torch.isfinite(tensor).all() for _, tensor in tensors]).to(torch.int64).cpu()
+    bad = ranks.maximum(1 - finite).tolist()
+    names = [name for (name, _), is_bad in zip(tensors, bad, strict=True) if is_bad]
+    if names:
+        raise PenstockError(
+            f"version {version} is not published: {len(names)} tensors are not finite, such as {names[0]}; "
+            "start again to go on from the newest checkpoint, with a lower learning rate"
+        )
 
 
 def published_tensors(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters, and persistent buffers of floats, under the model's own names; tied ones once, under the first."""
-    model = policy.causal_lm
+    """Parameters, and persistent buffers of floats, under the names that the model has for them; tied ones once,
+    under the first."""
+    yield from named_tensors(policy.causal_lm)
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """published_tensors of a model that is no Policy (yet)."""
     for name, parameter in model.named_parameters():
         yield name, parameter.detach()
     persistent = model.state_dict().keys()
@@ -96,7 +118,27 @@ def published_tensors(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, buffer.detach()
 
 
-def _to_host(name: str, tensor: torch.Tensor) -> HostTensor:
+def trained_tensors(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a checkpoint needs beside the policy folder: all that is published, or the adapters alone."""
+    if policy.adapters is None:
+        yield from published_tensors(policy)
+        return
+    for name, parameter in policy.causal_lm.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter.detach()
+
+
+def full_tensors(policy: Policy, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """The whole policy with its adapters merged, by the model's own names. A collective: only rank 0's is whole."""
+    gathered = ((name, whole(tensor)) for name, tensor in published_tensors(policy))
+    tensors = {name: tensor.cpu() for name, tensor in gathered if ranks.is_first}
+    if policy.adapters is None or not ranks.is_first:
+        return tensors
+    parts = parts_of(tensors.items())
+    return merged(parts.base, parts, policy.adapters.scale)
+
+
+def to_host(name: str, tensor: torch.Tensor) -> HostTensor:
     host = tensor.cpu().contiguous()
     return HostTensor(
         name=name,

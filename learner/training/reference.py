@@ -1,6 +1,7 @@
 """The reference policy: the one that the run started from, without a second copy on the device.
 
-Its weights wait in host memory, each rank's own part. To score, they change places with the
+Where adapters are trained it is the policy without them, and there is no copy at all. Else its
+weights wait in host memory, each rank's own part. To score, they change places with the
 learner's for the length of one forward pass.
 """
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from learner.training.adapters import without_adapters
 from learner.training.packing import TokenSequence
 from learner.training.parallel import local
 from learner.training.updater import Updater
@@ -23,11 +25,12 @@ class Reference:
 
     def __init__(self, updater: Updater) -> None:
         self._updater = updater
-        self._weights = self._copy()
+        self._weights = self._copy() if updater.policy.adapters is None else []
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[NDArray[np.float32]]:
         """log ref of each sequence's sampled tokens: [S] float32 each. Every rank calls it."""
-        with self._in_place():
+        adapted = self._updater.policy.adapters is not None
+        with without_adapters(self._updater.policy) if adapted else self._in_place():
             return self._updater.score(sequences)
 
     def _copy(self) -> list[torch.Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from learner.training.attention import RowLayout
+from learner.training.config import LoraConfig
 from learner.training.model import load_policy
 from learner.training.packing import PackedRow, TokenSequence
 from learner.training.policy import Evaluation, Policy
@@ -41,15 +42,22 @@ class ScalarModel(Policy):
         return numbers_S, torch.zeros_like(numbers_S)
 
 
-def load_scalar_model(folder: Path, *, activation_checkpointing: bool = False) -> ScalarModel:
-    """A policy's layers, with a head that says 0 of everything. Raises ConfigError."""
-    policy = load_policy(folder, activation_checkpointing=activation_checkpointing)
+def load_scalar_model(
+    folder: Path, *, activation_checkpointing: bool = False, lora: LoraConfig | None = None, seed: int = 0
+) -> ScalarModel:
+    """A policy's layers, with a head that says 0 of everything. Raises ConfigError.
+
+    The head is trained whole, also where the layers get adapters.
+    """
+    policy = load_policy(folder, activation_checkpointing=activation_checkpointing, lora=lora, seed=seed)
     if not policy.evaluation.split_head:
         name = type(policy.causal_lm).__name__
         raise ConfigError(
             f"{folder}: {name} does more after its last layer than its language head; its states cannot be scored"
         )
-    return ScalarModel(policy.causal_lm, policy.evaluation)
+    model = ScalarModel(policy.causal_lm, policy.evaluation)
+    model.adapters = policy.adapters
+    return model
 
 
 def as_scored(sequence: TokenSequence) -> TokenSequence:

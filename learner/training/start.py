@@ -6,7 +6,7 @@ import argparse
 import logging
 import signal
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from learner.algorithms.preference_recipe import OnlineRecipe
 from learner.config import RunConfig
 from learner.training.checkpoint import Checkpoints
-from learner.training.config import TrainingConfig
+from learner.training.config import Precision, TrainingConfig
 from learner.training.coordinator import Coordinator, GrpcCoordinator, Lineage
 from learner.training.critic import CheckpointsWithCritic, Critic
 from learner.training.loop import CheckpointLog, Position, Skips, Training, Versions
@@ -23,8 +23,10 @@ from learner.training.online_dpo import OnlineDpo
 from learner.training.optimizer import learning_rate, make_optimizer
 from learner.training.orders import Orders, StopFlag
 from learner.training.parallel import Ranks, open_ranks, place
+from learner.training.policy import Policy
 from learner.training.policy_gradient import PolicyGradient
-from learner.training.publish import Publisher, WeightSink
+from learner.training.publish import Publisher, Publishes
+from learner.training.publish_adapters import AdapterPublisher
 from learner.training.reference import Reference
 from learner.training.scalar import load_scalar_model
 from learner.training.step import Algorithm
@@ -34,6 +36,7 @@ from learner.training.watched import Watched
 from penstock import config as configuration
 from penstock import log, parent
 from penstock.watchdog import Watchdog
+from penstock.weights.adapted_log import AdaptedLog
 from penstock.weights.segment import run_prefix
 from penstock.weights.version_log import VersionLog
 
@@ -89,8 +92,7 @@ def train(
     step = checkpoints.resume()
     lineage = coordinator.open_lineage(step) if ranks.is_first else Lineage(run_id="", epoch=0)
     position = Position(epoch=int(ranks.maximum(torch.tensor([lineage.epoch]))), step=step)
-    sink = _open_sink(lineage, stack) if ranks.is_first else None
-    publisher = Publisher(updater.policy, ranks, sink, config.training.precision)
+    publisher = _make_publisher(updater.policy, ranks, lineage, config.training.precision, stack)
     num_steps = config.schedule.num_steps
     training = Training(
         num_steps=num_steps,
@@ -124,7 +126,12 @@ def make_updater(config: RunConfig, ranks: Ranks) -> Updater:
     """Loads the run's initial policy onto the ranks, with its optimiser. Raises ConfigError."""
     training = config.training
     torch.manual_seed(config.seed + ranks.rank)
-    policy = load_policy(config.policy, activation_checkpointing=training.activation_checkpointing)
+    policy = load_policy(
+        config.policy,
+        activation_checkpointing=training.activation_checkpointing,
+        lora=training.lora,
+        seed=config.seed,
+    )
     place(policy, ranks, training.precision, compiled=training.compile)
     return Updater(
         policy,
@@ -141,7 +148,12 @@ def make_critic(config: RunConfig, ranks: Ranks) -> Critic | None:
     training, recipe = config.training, config.algorithm.recipe()
     if isinstance(recipe, OnlineRecipe) or not recipe.has_critic:
         return None
-    model = load_scalar_model(config.policy, activation_checkpointing=training.activation_checkpointing)
+    model = load_scalar_model(
+        config.policy,
+        activation_checkpointing=training.activation_checkpointing,
+        lora=training.lora,
+        seed=config.seed,
+    )
     place(model, ranks, training.precision)
     updater = Updater(
         model,
@@ -173,7 +185,13 @@ def make_algorithm(config: RunConfig, updater: Updater, critic: Critic | None = 
     )
 
 
-def _open_sink(lineage: Lineage, stack: ExitStack) -> WeightSink:
-    versions = VersionLog(name_prefix=run_prefix(lineage.run_id))
-    stack.callback(versions.close)
-    return versions
+def _make_publisher(
+    policy: Policy, ranks: Ranks, lineage: Lineage, precision: Precision, stack: ExitStack
+) -> Publishes:
+    """With rank 0's segments, which end with the stack."""
+    prefix = run_prefix(lineage.run_id)
+    if policy.adapters is not None:
+        adapted = stack.enter_context(closing(AdaptedLog(name_prefix=prefix))) if ranks.is_first else None
+        return AdapterPublisher(policy, ranks, adapted, precision)
+    versions = stack.enter_context(closing(VersionLog(name_prefix=prefix))) if ranks.is_first else None
+    return Publisher(policy, ranks, versions, precision)

@@ -115,12 +115,16 @@ def _vector(sums: Sums, names: Sequence[str]) -> torch.Tensor:
     return torch.stack([sums[name].double() for name in names]) if names else torch.zeros(0)
 
 
+def _trained(updater: Updater) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in updater.policy.parameters() if parameter.requires_grad]
+
+
 class Snapshot:
     """Weights and optimiser state on the CPU, to go back to when a later part of a step fails."""
 
     def __init__(self, updater: Updater) -> None:
         self._updater = updater
-        self._parameters = [local(p.detach()).cpu().clone() for p in updater.policy.parameters()]
+        self._parameters = [local(p.detach()).cpu().clone() for p in _trained(updater)]
         self._state: dict[Any, dict[str, torch.Tensor]] = {
             parameter: {name: local(value).cpu().clone() for name, value in state.items()}
             for parameter, state in updater.optimizer.state.items()
@@ -128,7 +132,7 @@ class Snapshot:
 
     def restore(self) -> None:
         with torch.no_grad():
-            for parameter, weights in zip(self._updater.policy.parameters(), self._parameters, strict=True):
+            for parameter, weights in zip(_trained(self._updater), self._parameters, strict=True):
                 local(parameter.detach()).copy_(weights)
         state = self._updater.optimizer.state
         for key in list(state):

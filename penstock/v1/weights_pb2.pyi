@@ -74,6 +74,7 @@ class WeightManifest(_message.Message):
     MEDIA_FIELD_NUMBER: _builtins.int
     DELTAS_FIELD_NUMBER: _builtins.int
     SNAPSHOT_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     num_bytes: _builtins.int
     chunk_bytes: _builtins.int
     chunk_digests: _builtins.bytes
@@ -101,6 +102,10 @@ class WeightManifest(_message.Message):
         it to this one. A receiver that holds nothing begins there.
         """
 
+    @_builtins.property
+    def adapter(self) -> Global___WeightAdapter:
+        """Set instead of deltas and snapshot where the run trains adapters."""
+
     def __init__(
         self,
         *,
@@ -113,14 +118,83 @@ class WeightManifest(_message.Message):
         media: _abc.Iterable[Global___WeightMedium] | None = ...,
         deltas: _abc.Iterable[Global___WeightDelta] | None = ...,
         snapshot: Global___WeightSnapshot | None = ...,
+        adapter: Global___WeightAdapter | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["snapshot", b"snapshot", "version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "snapshot", b"snapshot", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes", b"chunk_bytes", "chunk_digests", b"chunk_digests", "deltas", b"deltas", "digest", b"digest", "media", b"media", "num_bytes", b"num_bytes", "snapshot", b"snapshot", "tensors", b"tensors", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "chunk_bytes", b"chunk_bytes", "chunk_digests", b"chunk_digests", "deltas", b"deltas", "digest", b"digest", "media", b"media", "num_bytes", b"num_bytes", "snapshot", b"snapshot", "tensors", b"tensors", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WeightManifest: _TypeAlias = WeightManifest  # noqa: Y015
+
+@_typing.final
+class WeightAdapter(_message.Message):
+    """Low-rank factors, and the base that they are added to: W = W0 + scale * B A. How it is
+    computed, to the bit, is defined in penstock/weights/adapters.py. The base has the
+    manifest's tensors, and is the same for every version of a trainer.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BASE_FIELD_NUMBER: _builtins.int
+    FACTORS_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    CHUNK_DIGESTS_FIELD_NUMBER: _builtins.int
+    SEGMENT_FIELD_NUMBER: _builtins.int
+    num_bytes: _builtins.int
+    """Of the factors: B and then A of each, float32, little-endian."""
+    chunk_digests: _builtins.bytes
+    @_builtins.property
+    def base(self) -> Global___WeightSnapshot: ...
+    @_builtins.property
+    def factors(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightFactor]: ...
+    @_builtins.property
+    def segment(self) -> Global___SharedMemoryMedium:
+        """Where the learner's host keeps them."""
+
+    def __init__(
+        self,
+        *,
+        base: Global___WeightSnapshot | None = ...,
+        factors: _abc.Iterable[Global___WeightFactor] | None = ...,
+        num_bytes: _builtins.int = ...,
+        chunk_digests: _builtins.bytes = ...,
+        segment: Global___SharedMemoryMedium | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "segment", b"segment"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "chunk_digests", b"chunk_digests", "factors", b"factors", "num_bytes", b"num_bytes", "segment", b"segment"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WeightAdapter: _TypeAlias = WeightAdapter  # noqa: Y015
+
+@_typing.final
+class WeightFactor(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENSOR_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    tensor: _builtins.str
+    """The matrix that is added to, of shape [rows, columns]. B is [rows, rank], A [rank, columns]."""
+    rank: _builtins.int
+    scale: _builtins.float
+    def __init__(
+        self,
+        *,
+        tensor: _builtins.str = ...,
+        rank: _builtins.int = ...,
+        scale: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank", "scale", b"scale", "tensor", b"tensor"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WeightFactor: _TypeAlias = WeightFactor  # noqa: Y015
 
 @_typing.final
 class WeightDelta(_message.Message):
@@ -289,7 +363,7 @@ class ChunkRequest(_message.Message):
     digest: _builtins.bytes
     """32 bytes: the chunk's."""
     source: _builtins.bytes
-    """32 bytes: the digest of the version, snapshot or delta that it is a chunk of."""
+    """32 bytes: the digest of the version, snapshot, delta or adapter that it is a chunk of."""
     index: _builtins.int
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 Two buffers take turns: what was fetched last stays intact while the next version is
 staged in the other. A chunk that either buffer holds already is not fetched again, and
-from another host deltas are fetched instead of what they can make.
+from another host deltas or adapters are fetched instead of what they can make.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from penstock.errors import WeightTransferError
+from penstock.weights.adapting import Adapting
 from penstock.weights.buffer import ChunkBuffer
 from penstock.weights.catching_up import CatchingUp
 from penstock.weights.manifest import Manifest, Medium, SharedMemoryMedium
@@ -44,6 +45,7 @@ class WeightFetcher:
         self._newest = ChunkBuffer()
         self._spare = ChunkBuffer()
         self._catching_up = CatchingUp()
+        self._adapting = Adapting()
 
     def fetch(
         self,
@@ -94,7 +96,7 @@ class WeightFetcher:
                 continue
             try:
                 if not isinstance(medium, SharedMemoryMedium):
-                    self._take_deltas(receiver, medium, manifest, staging, patience)
+                    self._take_changes(receiver, medium, manifest, staging, patience)
                 if staging.missing():
                     _fetch_over(receiver, medium, manifest, staging, patience)
             except WeightTransferError as error:
@@ -107,7 +109,7 @@ class WeightFetcher:
                 f"did not arrive: {'; '.join(failures) or 'no medium of it is known here'}"
             )
 
-    def _take_deltas(
+    def _take_changes(
         self,
         receiver: WeightReceiver,
         medium: Medium,
@@ -115,12 +117,13 @@ class WeightFetcher:
         staging: ChunkBuffer,
         patience: Patience,
     ) -> None:
-        """Makes what deltas make of the version that is held. What they do not make stays missing."""
+        """Makes what deltas or adapters make of what is held. What they do not make stays missing."""
+        way = self._catching_up if manifest.adapter is None else self._adapting
         try:
-            self._catching_up.advance(receiver, medium, self._newest, staging, patience)
+            way.advance(receiver, medium, self._newest, staging, patience)
         except WeightTransferError as error:
-            patience.check("deltas")
-            _log.warning("no deltas: %s; fetching the version whole", error)
+            patience.check("what changed")
+            _log.warning("no deltas or adapters: %s; fetching the version whole", error)
             staging.prepare(manifest, self._newest)
 
 

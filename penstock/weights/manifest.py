@@ -37,8 +37,10 @@ DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 """Bytes an element, by safetensors' name of the dtype."""
 
 MAX_DELTAS = 64
+MAX_RANK = 4096
 
 _PREAMBLE = b"penstock weights 1\n"
+_ADAPTER_PREAMBLE = b"penstock adapter 1\n"
 _DELTA_PREAMBLE = b"penstock delta 1\n"
 
 
@@ -108,6 +110,28 @@ class Delta(Blob):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Factor:
+    """A matrix of the base that a low-rank product is added to."""
+
+    tensor: str
+    """Its name."""
+    rank: int
+    scale: float
+    """What the product is multiplied by, as a float32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterUpdate(Blob):
+    """Low-rank factors that make the manifest's version of a base: penstock/weights/adapters.py."""
+
+    base: Snapshot
+    """What they are added to: the same for all versions of a trainer."""
+    factors: tuple[Factor, ...]
+    """The bytes hold B and then A of each, float32, little-endian."""
+    segment: SharedMemoryMedium
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest(Blob):
     """A version, and the ways to it."""
 
@@ -116,6 +140,8 @@ class Manifest(Blob):
     deltas: tuple[Delta, ...] = ()
     """Each made for the result of the one before it; the last one makes this version."""
     snapshot: Snapshot | None = None
+    adapter: AdapterUpdate | None = None
+    """Instead of deltas and snapshot, where adapters are trained."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -200,6 +226,16 @@ def delta_digest(base: str, result: str, chunk_bytes: int, chunk_digests: Sequen
     return digest.hexdigest()
 
 
+def adapter_digest(base: str, result: str, factors: Sequence[Factor], chunk_digests: Sequence[bytes]) -> str:
+    """The digest that names a version's factors, in hexadecimal."""
+    digest = blake3(_ADAPTER_PREAMBLE)
+    digest.update(_text(base) + _text(result) + _integers(len(factors)))
+    for factor in factors:
+        digest.update(_text(factor.tensor) + _integers(factor.rank) + struct.pack("<f", factor.scale))
+    digest.update(b"".join(chunk_digests))
+    return digest.hexdigest()
+
+
 def verify_chunk(blob: Blob, index: int, data: NDArray[np.uint8]) -> bool:
     """Whether `data` is chunk `index` of the blob, to the bit."""
     where = blob.chunk(index)
@@ -223,6 +259,8 @@ def check_manifest(manifest: Manifest) -> None:
     _check_deltas(manifest)
     if manifest.snapshot is not None:
         _check_snapshot(manifest, manifest.snapshot)
+    if manifest.adapter is not None:
+        _check_adapter(manifest, manifest.adapter)
 
 
 def _check_chunks(blob: Blob) -> None:
@@ -262,6 +300,31 @@ def _check_snapshot(manifest: Manifest, snapshot: Snapshot) -> None:
         raise ProtocolError(
             f"the snapshot of version {snapshot.version} says digest {snapshot.digest!r} and sizes {sizes}; with "
             f"the manifest's tensors its chunk digests make {digest!r}"
+        )
+
+
+def _check_adapter(manifest: Manifest, adapter: AdapterUpdate) -> None:
+    _check_snapshot(manifest, adapter.base)
+    _check_chunks(adapter)
+    tensors = {tensor.name: tensor for tensor in manifest.tensors}
+    num_bytes = 0
+    for factor in adapter.factors:
+        tensor = tensors.pop(factor.tensor, None)
+        if tensor is None or len(tensor.shape) != 2 or tensor.dtype not in ("F32", "BF16"):
+            raise ProtocolError(
+                f"version {manifest.version} has a factor for {factor.tensor!r}; expected matrices of the manifest "
+                "in F32 or BF16, each once"
+            )
+        if not 0 < factor.rank <= MAX_RANK or not math.isfinite(factor.scale):
+            raise ProtocolError(
+                f"the factor for {factor.tensor!r} has rank {factor.rank} and scale {factor.scale}; expected a rank "
+                f"of 1 to {MAX_RANK} and a number"
+            )
+        num_bytes += 4 * factor.rank * sum(tensor.shape)
+    if adapter.num_bytes != num_bytes or adapter.chunk_bytes != manifest.chunk_bytes:
+        raise ProtocolError(
+            f"the factors of version {manifest.version} have {adapter.num_bytes} bytes in chunks of "
+            f"{adapter.chunk_bytes}; expected {num_bytes}, and the manifest's chunks"
         )
 
 

@@ -27,6 +27,7 @@ from penstock.v1 import weights_pb2
 from penstock.weights.manifest import (
     DIGEST_BYTES,
     MAX_CHUNK_BYTES,
+    AdapterUpdate,
     Blob,
     Delta,
     Manifest,
@@ -65,7 +66,7 @@ class ServerStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Held:
-    """A version, snapshot or delta, where it lies on this host."""
+    """A version, snapshot, delta or adapter, where it lies on this host."""
 
     blob: Blob
     nonce: str
@@ -100,7 +101,7 @@ class ZeromqServer:
         self._thread.start()
 
     def add(self, manifest: Manifest) -> None:
-        """Serves a version, its deltas and its snapshot; forgets the oldest beyond `num_versions`.
+        """Serves a version and what leads to it; forgets the oldest beyond `num_versions`.
 
         Raises WeightTransferError if the version's segment is not on this host or was overwritten.
         """
@@ -111,10 +112,11 @@ class ZeromqServer:
         for version in sorted(self._versions)[: -self._num_versions]:
             del self._versions[version]
         snapshots = () if manifest.snapshot is None else (manifest.snapshot,)
-        self._ways = dict(self._ways_to(*snapshots, *manifest.deltas))
+        adapter = () if manifest.adapter is None else (manifest.adapter.base, manifest.adapter)
+        self._ways = dict(self._ways_to(*snapshots, *manifest.deltas, *adapter))
         self._replace_held()
 
-    def _ways_to(self, *blobs: Snapshot | Delta) -> Iterator[tuple[str, _Held]]:
+    def _ways_to(self, *blobs: Snapshot | Delta | AdapterUpdate) -> Iterator[tuple[str, _Held]]:
         for blob in blobs:
             known = self._ways.get(blob.digest)
             if known is not None and known.nonce == blob.segment.nonce:
