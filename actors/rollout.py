@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -50,6 +50,8 @@ class Progress:
 
     num_tokens: int = 0
     num_turns: int = 0
+    environment_since: float | None = None
+    """Monotonic seconds from when it waits for its environment; None while it does not."""
     partial: Partial | None = None
     """Set when the rollout is cancelled: what another actor may go on from."""
 
@@ -105,6 +107,10 @@ class Player:
         waits: Waits | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.num_answers = 0
+        """Resets and steps that its environment answered."""
+        self.waited_seconds = 0.0
+        """What they took in all."""
         self._engine = engine
         self._renderer = renderer
         self._client = client
@@ -155,12 +161,10 @@ class _Rollout:
 
     async def _play(self, session_id: str) -> Trajectory:
         player, lease = self._player, self._lease
-        began = player._clock()
         opened = player._client.session(session_id=session_id, fence=lease.attempt + 1, task=lease.task)
         async with contextlib.AsyncExitStack() as stack:
-            with self._waiting("a reset"):
+            with self._asking("a reset"):
                 episode = await stack.enter_async_context(opened)
-            self._environment_seconds += player._clock() - began
             self._observation_digest = episode.observation_digest
             self._recorded.check_start(
                 version=self._description.version,
@@ -235,10 +239,8 @@ class _Rollout:
     async def _step(self, episode: Episode, turn: _Turn) -> StepResult:
         player = self._player
         limit = self._description.max_turns or _MAX_TURNS
-        began = player._clock()
-        with self._waiting("a step"):
+        with self._asking("a step"):
             result = await episode.step(player._renderer.text(turn.token_ids))
-        self._environment_seconds += player._clock() - began
         if not result.done and self._progress.num_turns >= limit:
             raise EnvironmentFault(
                 f"{self._description.name} is not done after {limit} turns; expected at most max_turns",
@@ -267,12 +269,22 @@ class _Rollout:
             environment_seconds=self._environment_seconds,
         )
 
-    def _waiting(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """A wait for the environment, whose client has a deadline for it."""
-        client = self._player._client
+    @contextlib.contextmanager
+    def _asking(self, what: str) -> Iterator[None]:
+        """A call of the environment, whose client has a deadline for it."""
+        player, client = self._player, self._player._client
         limit = client.reset_timeout_seconds if what == "a reset" else client.step_timeout_seconds
         owner = f"environment {self._description.name} at {client.address}"
-        return self._player._waits.on(what, owner=owner, limit_seconds=limit)
+        began = self._progress.environment_since = player._clock()
+        try:
+            with player._waits.on(what, owner=owner, limit_seconds=limit):
+                yield
+        finally:
+            self._progress.environment_since = None
+        seconds = player._clock() - began
+        self._environment_seconds += seconds
+        player.num_answers += 1
+        player.waited_seconds += seconds
 
     def _room(self) -> int:
         """Tokens that may still be sampled."""

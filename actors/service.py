@@ -71,6 +71,15 @@ def _checked(item: pb.SubmitItem) -> pb.SubmitItem:
     return item
 
 
+def _progress(lease_id: str, progress: Progress, now: float) -> pb.LeaseProgress:
+    message = pb.LeaseProgress(
+        lease_id=lease_id, num_tokens=progress.num_tokens, num_turns=progress.num_turns
+    )
+    if progress.environment_since is not None:
+        message.environment_wait.CopyFrom(to_duration(now - progress.environment_since))
+    return message
+
+
 class Standstill:
     """An engine that is asked for tokens and makes none."""
 
@@ -256,7 +265,7 @@ class Actor:
             reason = pb.RELEASE_REASON_DATA if is_data else pb.RELEASE_REASON_INFRASTRUCTURE
             item.release.CopyFrom(self._release(lease, reason, str(fault)))
         except EngineFault as fault:
-            item.release.CopyFrom(self._release(lease, pb.RELEASE_REASON_INFRASTRUCTURE, f"engine: {fault}"))
+            item.release.CopyFrom(self._release(lease, pb.RELEASE_REASON_ENGINE, str(fault)))
         try:
             with self.waits.on(
                 "room in the spool", owner="the learner", limit_seconds=self.session.patience_seconds
@@ -321,12 +330,8 @@ class Actor:
         installed = self.installer.installed
         stats = self.engine.stats()
         waits = self.waits.summary()
-        running = [
-            pb.LeaseProgress(
-                lease_id=lease_id, num_tokens=r.progress.num_tokens, num_turns=r.progress.num_turns
-            )
-            for lease_id, r in self._running.items()
-        ]
+        now = time.monotonic()
+        running = [_progress(lease_id, r.progress, now) for lease_id, r in self._running.items()]
         spooled = [pb.LeaseProgress(lease_id=lease_id) for lease_id in self.uplink.held_leases()]
         await self.session.stub.Heartbeat(
             pb.HeartbeatRequest(
@@ -351,6 +356,14 @@ class Actor:
                         limit=to_duration(wait.limit_seconds),
                     )
                     for wait in waits[:MAX_WAITS_TOLD]
+                ],
+                environments=[
+                    pb.EnvironmentUse(
+                        name=name,
+                        num_answers=player.num_answers,
+                        waited=to_duration(player.waited_seconds),
+                    )
+                    for name, player in self._players.items()
                 ],
             ),
             timeout=10.0,

@@ -13,6 +13,7 @@ from penstock.errors import ConfigError
 from penstock.trajectory import InstallMode, Sampling
 
 LateGroup = Literal["repair", "partial", "drop"]
+OpenGroups = Literal["drop", "partial", "wait"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +146,36 @@ class DiskConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BreakerConfig:
+    """When an environment is left out so that the others go on, and when it is tried again."""
+
+    failures: int = 3
+    """Failed or overdue rollouts, at the least, and half of all, before it is left out."""
+    slow_factor: float = 8.0
+    """A call is overdue when it takes this many times what is usual for its environment. 0: never."""
+    slow_seconds: float = 5.0
+    """A call that has taken less is never overdue."""
+    probe_seconds: float = 5.0
+    """Until it is tried again; twice as long after each failed try, up to 12 times this."""
+    open_groups: OpenGroups = "drop"
+    """What becomes of its unfinished groups. drop: they are dropped and counted, and others take their
+    place; partial: those with two or more trajectories are trained without what they miss, others are
+    dropped; wait: they keep their place, and once they are due the learner waits for them."""
+
+    def __post_init__(self) -> None:
+        if self.failures < 1:
+            raise ConfigError(f"breaker.failures is {self.failures}; expected at least 1")
+        if self.slow_factor != 0 and self.slow_factor < 2:
+            raise ConfigError(
+                f"breaker.slow_factor is {self.slow_factor}; expected 2 or more, or 0 for no limit: below 2, "
+                "calls that take their usual time would be overdue"
+            )
+        for name in ("slow_seconds", "probe_seconds"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"breaker.{name} is {getattr(self, name)}; expected more than 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LedgerConfig:
     """What the ledger keeps, and when it runs out of room."""
 
@@ -177,6 +208,7 @@ class RunConfig:
     """Reward of an episode that is cut at a token limit before its environment is done.
     Unset, such an episode has no reward and counts as a fault of its task."""
     fleet: FleetConfig = field(default_factory=FleetConfig)
+    breaker: BreakerConfig = field(default_factory=BreakerConfig)
     ledger: LedgerConfig = field(default_factory=LedgerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 

@@ -22,7 +22,7 @@ from typing import Any
 import grpc
 import uvloop
 
-from learner.config import FleetConfig, ScheduleConfig
+from learner.config import BreakerConfig, FleetConfig, ScheduleConfig
 from learner.coordinator.actor_service import ActorService, Welcome
 from learner.coordinator.core import Coordinator
 from learner.coordinator.ledger import Ledger
@@ -133,6 +133,7 @@ async def _coordinate(pipe: Connection, folder: Path, num_trajectories: int) -> 
     scheduler = Scheduler(
         schedule=ScheduleConfig(num_steps=2, groups_per_step=num_groups, group_size=GROUP_SIZE),
         fleet=FleetConfig(),
+        breaker=BreakerConfig(),
         sampling=Sampling(max_tokens=4096),
         tasks=TaskOrder([TaskSource(environment="words", num_tasks=0)], seed=0),
         limits=Limits(vocab_size=200_000, max_sampled_tokens=4096, max_context=8192),

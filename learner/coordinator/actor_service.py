@@ -11,8 +11,9 @@ import grpc
 
 from learner.config import FleetConfig
 from learner.coordinator.core import Coordinator, wait_until
-from learner.coordinator.fleet import ActorInfo, ReportedStats
+from learner.coordinator.fleet import ActorInfo, EnvironmentUse, ReportedStats
 from learner.coordinator.intake import Intake
+from learner.coordinator.leases import RolloutReport
 from learner.coordinator.publications import Publications
 from learner.coordinator.refusals import refusals
 from penstock import PROTOCOL
@@ -68,6 +69,7 @@ class ActorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self._scheduler = coordinator.scheduler
         self._publications = publications
         self._welcome = welcome
+        self._names = {endpoint.name for endpoint in welcome.environments}
         self._intake = Intake(coordinator, welcome.credits)
 
     async def Join(  # noqa: N802
@@ -120,10 +122,11 @@ class ActorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 request.session_id,
                 installed=installed,
                 stats=_stats(request.stats),
-                progress=[(p.lease_id, p.num_tokens, p.num_turns) for p in request.progress],
+                progress=[_report(progress) for progress in request.progress],
                 now=self._coordinator.clock(),
                 waits=[_wait(wait) for wait in request.waits[:MAX_WAITS]],
                 num_unacknowledged=request.num_unacknowledged,
+                uses=[_use(use) for use in request.environments if use.name in self._names],
             )
             newest = self._scheduler.version
             return pb.HeartbeatResponse(newest=None if newest is None else version_to_wire(newest))
@@ -132,23 +135,26 @@ class ActorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self, request: pb.AcquireLeasesRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.AcquireLeasesResponse:
         async with refusals(context):
-            clock = self._coordinator.clock
-            deadline = clock() + min(to_seconds(request.wait), MAX_LEASE_WAIT_SECONDS)
-            while True:
-                change = self._coordinator.news.next()
-                leases, reason = self._scheduler.acquire(
-                    request.session_id,
-                    version_from_wire(request.installed),
-                    request.installed_digest,
-                    request.max_leases,
-                    clock(),
-                )
-                if leases:
-                    await self._coordinator.commit()
-                    return pb.AcquireLeasesResponse(leases=[self._to_wire(lease) for lease in leases])
-                outdated = version_from_wire(request.installed) != self._scheduler.version
-                if outdated or self._coordinator.stop.is_set() or not await wait_until(change, deadline):
-                    return pb.AcquireLeasesResponse(reason=reason)
+            try:
+                return await self._acquire(request)
+            finally:
+                self._scheduler.asks_no_more(request.session_id)
+
+    async def _acquire(self, request: pb.AcquireLeasesRequest) -> pb.AcquireLeasesResponse:
+        clock = self._coordinator.clock
+        deadline = clock() + min(to_seconds(request.wait), MAX_LEASE_WAIT_SECONDS)
+        installed = version_from_wire(request.installed)
+        while True:
+            change = self._coordinator.news.next()
+            leases, reason = self._scheduler.acquire(
+                request.session_id, installed, request.installed_digest, request.max_leases, clock()
+            )
+            if leases:
+                await self._coordinator.commit()
+                return pb.AcquireLeasesResponse(leases=[self._to_wire(lease) for lease in leases])
+            outdated = installed != self._scheduler.version
+            if outdated or self._coordinator.stop.is_set() or not await wait_until(change, deadline):
+                return pb.AcquireLeasesResponse(reason=reason)
 
     def _to_wire(self, lease: Lease) -> pb.Lease:
         """With what another actor played of it, which is on disk by now, unless its group is gone."""
@@ -196,6 +202,15 @@ def _wait(wait: pb.ActorWait) -> WaitSummary:
         longest_seconds=to_seconds(wait.longest),
         limit_seconds=to_seconds(wait.limit),
     )
+
+
+def _report(progress: pb.LeaseProgress) -> RolloutReport:
+    waits = to_seconds(progress.environment_wait) if progress.HasField("environment_wait") else 0.0
+    return RolloutReport(progress.lease_id, progress.num_tokens, progress.num_turns, waits)
+
+
+def _use(use: pb.EnvironmentUse) -> EnvironmentUse:
+    return EnvironmentUse(use.name, use.num_answers, to_seconds(use.waited))
 
 
 def _stats(stats: pb.EngineStats) -> ReportedStats:

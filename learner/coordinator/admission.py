@@ -37,6 +37,14 @@ class Admission:
         """When to be born to be due on the step that takes the turn (0 is next), if each before it is taken."""
         return version + turn // self.schedule.groups_per_step - self.schedule.max_lag
 
+    def num_groups(self, *, version: int, born: int, num_open: int) -> int:
+        """How many new groups may be opened now, one after the other."""
+        schedule = self.schedule
+        per_step = schedule.groups_per_step
+        in_run = (schedule.num_steps - version) * per_step
+        in_time = (self.due(born) - version + 1) * per_step
+        return max(min(in_run, in_time, schedule.depth * per_step) - num_open, 0)
+
     def refusal(self, *, version: int, born: int, num_open: int) -> str | None:
         """Why no new group may be opened now; None if one may.
 

@@ -6,7 +6,7 @@ trainer takes complete groups off it (`learner.coordinator.lineage`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from learner.config import FleetConfig
 from learner.coordinator.admission import Admission
@@ -47,16 +47,25 @@ class Board:
     def is_assigned(self, group: Group) -> bool:
         return self.assigned is not None and group.group_id in self.assigned.group_ids
 
-    def free_slot(self, born: int) -> tuple[Group, int] | None:
-        """The first free slot of the oldest group that was born at version `born` or before."""
+    def free_slot(self, born: int, may_lease: Callable[[str], bool]) -> tuple[Group, int] | None:
+        """The first free slot of the oldest group that was born at version `born` or before.
+
+        may_lease: whether an environment's groups are leased now.
+        """
+        return next(((group, group.free_slots[0]) for group in self._with_free_slots(born, may_lease)), None)
+
+    def num_free_slots(self, born: int, may_lease: Callable[[str], bool]) -> int:
+        return sum(len(group.free_slots) for group in self._with_free_slots(born, may_lease))
+
+    def _with_free_slots(self, born: int, may_lease: Callable[[str], bool]) -> Iterator[Group]:
         for group_id in sorted(self._maybe_free):
             group = self.groups.get(group_id)
-            number = None if group is None else group.free_slot()
-            if group is None or number is None:
+            if group is None or not group.free_slots:
                 self._maybe_free.discard(group_id)
-            elif group.born.step <= born and not self.is_assigned(group):
-                return group, number
-        return None
+            elif (
+                group.born.step <= born and not self.is_assigned(group) and may_lease(group.task.environment)
+            ):
+                yield group
 
     def open(self, group: Group) -> None:
         self.groups[group.group_id] = group
@@ -104,7 +113,8 @@ class Board:
             self._maybe_free.add(group.group_id)
         slot.faults[outcome] += 1
         slot.given_up = slot.filled is None and (
-            slot.faults[LeaseOutcome.INFRASTRUCTURE] >= self._fleet.infrastructure_budget
+            slot.faults[LeaseOutcome.INFRASTRUCTURE] + slot.faults[LeaseOutcome.ENGINE]
+            >= self._fleet.infrastructure_budget
             or slot.faults[LeaseOutcome.DATA] >= self._fleet.data_budget
         )
         self.end_if_useless(group)
@@ -128,6 +138,13 @@ class Board:
             self.drop(
                 group, TrajectoryState.GROUP_DROPPED, "equal rewards teach nothing; another takes its place"
             )
+
+    def train_without_missing(self, group: Group, reason: str) -> None:
+        """Gives up every slot that is not filled: what there is of the group is trained."""
+        for slot in group.missing_slots:
+            self.revoke_leases(slot, reason)
+            slot.given_up = True
+        self.end_if_useless(group)
 
     def drop(self, group: Group, state: TrajectoryState, reason: str, *, quietly: bool = False) -> None:
         """Closes a group untrained: its pending trajectories end in `state`."""

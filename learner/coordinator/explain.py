@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from learner.coordinator.breaker import NUM_PROBES, BreakerState
 from learner.coordinator.decisions import Waiting
 from learner.coordinator.fleet import ActorState, Session
 from learner.coordinator.groups import Group
@@ -30,6 +31,7 @@ def why(scheduler: Scheduler, trainer: TrainerWait | None, now: float) -> list[s
     if trainer is not None and trainer.waiting is not None and not scheduler.finished:
         lines += _groups(scheduler, trainer.waiting.groups, now)
     lines += _actors(scheduler, now)
+    lines += _environments(scheduler, now)
     return lines
 
 
@@ -77,9 +79,19 @@ def _actors(scheduler: Scheduler, now: float) -> Iterator[str]:
         yield "no actor is connected: start one with `penstock actor --learner HOST:PORT`"
     for session in sessions:
         yield from _actor(scheduler, session, now)
-    for name, faults in sorted(scheduler.faults.items()):
-        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(faults.counts.items()))
-        yield f"environment {name} had faults ({counts}); the last: {faults.last}"
+
+
+def _environments(scheduler: Scheduler, now: float) -> Iterator[str]:
+    for name, watched in sorted(scheduler.outages.environments.items()):
+        breaker, faults = watched.breaker, watched.faults
+        if breaker.state is BreakerState.OPEN:
+            due = breaker.probe_due_seconds(now)
+            yield f"environment {name} is left out: {breaker.reason}; it is tried again in {due:.0f} s"
+        elif breaker.state is BreakerState.PROBING:
+            yield f"environment {name} is tried with {NUM_PROBES} rollouts; it was left out: {breaker.reason}"
+        if faults.last:
+            counts = ", ".join(f"{count} {kind}" for kind, count in sorted(faults.counts.items()))
+            yield f"environment {name} had faults ({counts}); the last: {faults.last}"
 
 
 def _actor(scheduler: Scheduler, session: Session, now: float) -> Iterator[str]:

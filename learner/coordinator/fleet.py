@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from learner.config import FleetConfig
 from penstock.errors import FleetFull, PeerLost, SessionFenced
@@ -45,6 +46,14 @@ class ReportedStats:
     max_install_seconds: float = 0.0
 
 
+class EnvironmentUse(NamedTuple):
+    """What one environment answered one actor, since the actor started."""
+
+    environment: str
+    num_answers: int = 0
+    seconds: float = 0.0
+
+
 @dataclass(slots=True, kw_only=True)
 class Session:
     session_id: str
@@ -59,8 +68,17 @@ class Session:
     num_unacknowledged: int = 0
     refusal: str = ""
     """Why it got no lease when it asked last; empty if it got one."""
+    num_asked: int = 0
+    """Leases that it waits for: it asked, and there was no room."""
     last_sequence: int = 0
     """Of the items that were submitted and decided upon."""
+    _uses: dict[str, EnvironmentUse] = field(default_factory=dict)
+
+    def note_use(self, use: EnvironmentUse) -> tuple[int, float]:
+        """Answers since the actor told last, and the seconds that they took in all."""
+        known = self._uses.get(use.environment, EnvironmentUse(use.environment))
+        self._uses[use.environment] = use
+        return max(use.num_answers - known.num_answers, 0), max(use.seconds - known.seconds, 0.0)
 
 
 class Fleet:

@@ -20,6 +20,8 @@ class LeaseOutcome(StrEnum):
     DRAINED = "drained"
     INFRASTRUCTURE = "infrastructure"
     DATA = "data"
+    ENGINE = "engine"
+    """Its actor's engine failed."""
     REVOKED = "revoked"
 
 
@@ -112,5 +114,6 @@ class Group:
     def missing_slots(self) -> list[Slot]:
         return [slot for slot in self.slots if not slot.is_settled]
 
-    def free_slot(self) -> int | None:
-        return next((number for number, slot in enumerate(self.slots) if slot.is_free), None)
+    @property
+    def free_slots(self) -> list[int]:
+        return [number for number, slot in enumerate(self.slots) if slot.is_free]

@@ -41,6 +41,7 @@ _OUTCOMES = {
     pb.RELEASE_REASON_INFRASTRUCTURE: LeaseOutcome.INFRASTRUCTURE,
     pb.RELEASE_REASON_DATA: LeaseOutcome.DATA,
     pb.RELEASE_REASON_REVOKED: LeaseOutcome.REVOKED,
+    pb.RELEASE_REASON_ENGINE: LeaseOutcome.ENGINE,
 }
 
 _Context = grpc.aio.ServicerContext[Any, Any]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(slots=True, kw_only=True)
@@ -19,6 +20,18 @@ class LiveLease:
     num_tokens: int = 0
     num_turns: int = 0
     progress_at: float = 0.0
+    environment_seconds: float = 0.0
+    """For how long it has waited for its environment, as its actor told last; 0 if it does not."""
+
+
+class RolloutReport(NamedTuple):
+    """What an actor tells of one lease with each heartbeat."""
+
+    lease_id: str
+    num_tokens: int
+    num_turns: int
+    environment_seconds: float = 0.0
+    """For how long it waits for its environment now."""
 
 
 class LeaseTable:
@@ -75,16 +88,15 @@ class LeaseTable:
         self._by_session[session_id].add(lease_id)
         return True
 
-    def progress(
-        self, lease_id: str, session_id: str, *, num_tokens: int, num_turns: int, now: float
-    ) -> None:
+    def progress(self, report: RolloutReport, session_id: str, now: float) -> None:
         """Extends a lease if its rollout has more tokens or turns than it had."""
-        lease = self._leases.get(lease_id)
+        lease = self._leases.get(report.lease_id)
         if lease is None or lease.session_id != session_id:
             return
-        if num_tokens > lease.num_tokens or num_turns > lease.num_turns:
-            lease.num_tokens = max(num_tokens, lease.num_tokens)
-            lease.num_turns = max(num_turns, lease.num_turns)
+        lease.environment_seconds = report.environment_seconds
+        if report.num_tokens > lease.num_tokens or report.num_turns > lease.num_turns:
+            lease.num_tokens = max(report.num_tokens, lease.num_tokens)
+            lease.num_turns = max(report.num_turns, lease.num_turns)
             lease.progress_at = now
             lease.deadline = now + self._progress_timeout
 

@@ -181,6 +181,7 @@ def _restore(
     scheduler = Scheduler(
         schedule=settings.schedule,
         fleet=settings.fleet,
+        breaker=settings.breaker,
         sampling=settings.sampling,
         tasks=TaskOrder(environments.sources, seed=settings.seed),
         limits=Limits(

@@ -8,8 +8,9 @@ import prometheus_client
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from learner.coordinator.breaker import BreakerState
 from learner.coordinator.core import Coordinator
-from penstock.errors import ConfigError
+from penstock.errors import ConfigError, FaultKind
 from penstock.rpc import is_loopback, split_address
 
 
@@ -31,7 +32,7 @@ class _RunCollector(Collector):
         yield _gauge("penstock_rollouts_handed_over", "Partial rollouts of leaving actors that were kept.",
                      totals.handed_over)  # fmt: skip
         yield _gauge("penstock_rollouts_continued", "Leases that went on from one, since the start.",
-                     coordinator.scheduler.num_continued)  # fmt: skip
+                     coordinator.scheduler.grants.num_continued)  # fmt: skip
         yield _gauge("penstock_tokens_per_second", "Sampled by all actors.", coordinator.tokens_per_second())
         yield _gauge(
             "penstock_groups_open", "Groups leased and not trained.", len(coordinator.scheduler.groups)
@@ -49,10 +50,30 @@ class _RunCollector(Collector):
         for code, count in totals.rejected.items():
             rejected.add_metric([code], count)
         yield rejected
+        yield from self._environments()
         step = GaugeMetricFamily("penstock_step", "What the newest step measured.", labels=["measure"])
         for name, value in coordinator.step_metrics.items():
             step.add_metric([name], value)
         yield step
+
+    def _environments(self) -> Iterator[Metric]:
+        faults = GaugeMetricFamily(
+            "penstock_environment_faults", "Failed rollouts, since the start.", labels=["environment", "kind"]
+        )
+        left_out = GaugeMetricFamily(
+            "penstock_environment_left_out", "1 while it is left out or tried again.", labels=["environment"]
+        )
+        cut = GaugeMetricFamily(
+            "penstock_environment_groups_cut",
+            "Groups that ended because their environment was left out, since the start.",
+            labels=["environment"],
+        )
+        for name, watched in self._coordinator.scheduler.outages.environments.copy().items():
+            for kind in FaultKind:
+                faults.add_metric([name, kind], watched.faults.counts[kind])
+            left_out.add_metric([name], watched.breaker.state is not BreakerState.CLOSED)
+            cut.add_metric([name], watched.num_groups_cut)
+        yield from (faults, left_out, cut)
 
 
 def serve_metrics(address: str, coordinator: Coordinator, *, insecure: bool) -> None:

@@ -9,6 +9,7 @@ import grpc
 from google.protobuf import timestamp_pb2
 
 from learner.config import ScheduleConfig
+from learner.coordinator.breaker import BreakerState
 from learner.coordinator.core import Coordinator, wait_until
 from learner.coordinator.fleet import Session
 from learner.coordinator.ledger import Totals
@@ -55,7 +56,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
                 num_groups_open=len(scheduler.groups),
                 actors_wanted=coordinator.actors_wanted(),
                 num_handed_over=totals.handed_over,
-                num_continued=scheduler.num_continued,
+                num_continued=scheduler.grants.num_continued,
                 num_groups_ready=sum(group.is_ready for group in scheduler.groups.values()),
             )
 
@@ -136,14 +137,18 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         )
 
     def _environment(self, name: str, totals: Totals) -> pb.EnvironmentStatus:
-        faults = self._scheduler.faults.get(name)
+        watched = self._scheduler.outages.environments[name]
+        faults, breaker = watched.faults, watched.breaker
         return pb.EnvironmentStatus(
             name=name,
             address=self._environments[name],
             num_trajectories=totals.by_environment.get(name, 0),
-            infrastructure_faults=faults.counts[FaultKind.INFRASTRUCTURE] if faults else 0,
-            data_faults=faults.counts[FaultKind.DATA] if faults else 0,
-            last_fault=faults.last if faults else "",
+            infrastructure_faults=faults.counts[FaultKind.INFRASTRUCTURE],
+            data_faults=faults.counts[FaultKind.DATA],
+            last_fault=faults.last,
+            breaker=breaker.state,
+            left_out="" if breaker.state is BreakerState.CLOSED else breaker.reason,
+            num_groups_cut=watched.num_groups_cut,
         )
 
 

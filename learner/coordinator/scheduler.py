@@ -17,30 +17,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from learner.config import FleetConfig, ScheduleConfig
+from learner.config import BreakerConfig, FleetConfig, ScheduleConfig
 from learner.coordinator import partials, validation
 from learner.coordinator.admission import Admission
 from learner.coordinator.board import Board
 from learner.coordinator.decisions import (
     DUPLICATE,
     PENDING,
-    EnvironmentFaults,
     History,
     Revocation,
     Verdict,
 )
 from learner.coordinator.demand import Demand
-from learner.coordinator.fleet import ActorInfo, Fleet, ReportedStats, Session
-from learner.coordinator.groups import Filled, Group, HandedOver, LeaseOutcome, Slot
+from learner.coordinator.fleet import ActorInfo, EnvironmentUse, Fleet, ReportedStats, Session
+from learner.coordinator.grants import Grants
+from learner.coordinator.groups import Filled, Group, LeaseOutcome
 from learner.coordinator.journal import Journal
 from learner.coordinator.known_ids import KnownIds
-from learner.coordinator.leases import LeaseTable, LiveLease
+from learner.coordinator.leases import LeaseTable, LiveLease, RolloutReport
 from learner.coordinator.lineage import Lineage
-from learner.coordinator.partials import MAX_BYTES_A_GRANT, SentPartial
+from learner.coordinator.outages import Outages
+from learner.coordinator.partials import SentPartial
 from learner.coordinator.records import (
-    GroupOpened,
     ItemsRefused,
-    LeaseGranted,
     PartialStored,
     Record,
     SequenceAdvanced,
@@ -52,13 +51,19 @@ from learner.coordinator.records import (
 from learner.coordinator.sieve import Sieve
 from learner.coordinator.stragglers import Stragglers
 from learner.coordinator.submissions import Submission
-from learner.coordinator.tasks import TaskOrder, derive_seed
+from learner.coordinator.tasks import TaskOrder
 from learner.coordinator.validation import Limits, Rejected, RejectionCode
 from penstock.errors import FaultKind, SequenceGap
 from penstock.trajectory import Lease, PolicyVersion, Sampling
 from penstock.waits import WaitSummary
 
 _TICK_GAP_SECONDS = 2.0
+_FAULTS = {
+    LeaseOutcome.INFRASTRUCTURE: FaultKind.INFRASTRUCTURE,
+    LeaseOutcome.DATA: FaultKind.DATA,
+    LeaseOutcome.ENGINE: None,
+}
+"""Outcomes that are a fault, and of which kind the environment's is."""
 
 
 class Scheduler:
@@ -69,6 +74,7 @@ class Scheduler:
         *,
         schedule: ScheduleConfig,
         fleet: FleetConfig,
+        breaker: BreakerConfig,
         sampling: Sampling,
         tasks: TaskOrder,
         limits: Limits,
@@ -82,25 +88,34 @@ class Scheduler:
         self.paused = False
         self.no_room = ""
         """Why the ledger's disk has no room for more."""
-        self.faults: dict[str, EnvironmentFaults] = {}
         self.demand = Demand(schedule)
         self.num_filled = 0
         """Slots, since this process started."""
-        self.num_continued = 0
-        """Leases that went on from what another actor had played."""
         self._config = fleet
-        self._sampling = sampling
-        self._tasks = tasks
         self._history = history
         self._known = KnownIds()
         self._journal = Journal(wall_clock)
-        self._admission = Admission(schedule)
-        self.board = Board(fleet=fleet, admission=self._admission, journal=self._journal, sieve=sieve)
+        admission = Admission(schedule)
+        self.board = Board(fleet=fleet, admission=admission, journal=self._journal, sieve=sieve)
         self.lineage = Lineage(schedule=schedule, board=self.board, journal=self._journal)
-        self._next_group_id = 0
+        self.outages = Outages(
+            environments=tasks.environments, config=breaker, board=self.board, journal=self._journal
+        )
         self._num_sessions = 0
         self._ticked_at: float | None = None
         self._stragglers = Stragglers(fleet=fleet, board=self.board, journal=self._journal)
+        self.grants = Grants(
+            schedule=schedule,
+            config=fleet,
+            sampling=sampling,
+            tasks=tasks,
+            fleet=self.fleet,
+            admission=admission,
+            board=self.board,
+            stragglers=self._stragglers,
+            outages=self.outages,
+            journal=self._journal,
+        )
 
     @property
     def groups(self) -> Mapping[int, Group]:
@@ -147,7 +162,7 @@ class Scheduler:
         now: float,
     ) -> None:
         """Goes on from a ledger. Leases wait for their actors to join again and name them."""
-        self._num_sessions, self._next_group_id = num_sessions, next_group_id
+        self._num_sessions, self.grants.next_group_id = num_sessions, next_group_id
         self._known.update(self._history.trajectory_ids())
         self.board.hold(open_groups)
         self.lineage.restore(epoch=epoch, from_step=from_step, versions=versions, assigned=assigned)
@@ -184,22 +199,26 @@ class Scheduler:
         *,
         installed: PolicyVersion | None,
         stats: ReportedStats,
-        progress: Sequence[tuple[str, int, int]],
+        progress: Sequence[RolloutReport],
         now: float,
         waits: Sequence[WaitSummary] = (),
         num_unacknowledged: int = 0,
+        uses: Sequence[EnvironmentUse] = (),
     ) -> None:
         """Keeps a session alive.
 
-        progress: (lease_id, tokens, turns) of every lease that the actor holds. One that it
-        doesn't name some time after the grant was lost on the way, and is free again.
+        progress: of every lease that the actor holds. One that it doesn't name some time after
+        the grant was lost on the way, and is free again. uses: of each environment.
         """
         session = self.fleet.require(session_id, now)
         session.installed, session.stats = installed, stats
         session.waits, session.num_unacknowledged = tuple(waits), num_unacknowledged
-        for lease_id, num_tokens, num_turns in progress:
-            self.leases.progress(lease_id, session_id, num_tokens=num_tokens, num_turns=num_turns, now=now)
-        named = {lease_id for lease_id, _, _ in progress}
+        for report in progress:
+            self.leases.progress(report, session_id, now)
+        for use in uses:
+            num_answers, seconds = session.note_use(use)
+            self.outages.answered(use.environment, num_answers, seconds)
+        named = {report.lease_id for report in progress}
         for lease in self.leases.of_session(session_id):
             if lease.lease_id not in named and now - lease.granted_at > self._config.suspect_seconds:
                 self._journal.event(
@@ -235,6 +254,8 @@ class Scheduler:
                 "expired", f"lease {lease.lease_id}: no progress for {now - lease.progress_at:.0f} s"
             )
             self.board.end_lease(lease, LeaseOutcome.EXPIRED, revoke="no progress")
+            self.outages.expired(lease, now)
+        self.outages.tick(now)
         self._stragglers.tick(self.lineage.waiting, now)
 
     def set_no_room(self, reason: str) -> None:
@@ -257,25 +278,18 @@ class Scheduler:
         """Grants up to `max_leases`; if none, says why. Raises SessionFenced, PeerLost."""
         session = self.fleet.require(session_id, now)
         refusal = self._refusal(session, installed, digest)
-        leases: list[Lease] = []
-        num_bytes = 0
-        while refusal is None and len(leases) < max_leases:
-            found = (
-                self.board.free_slot(installed.step)
-                or self._stragglers.slot_for(session_id, installed.step)
-                or self._open_group(installed)
-            )
-            if isinstance(found, str):
-                refusal = found
-                break
-            group, number = found
-            handed_over = self._handed_over(group.slots[number], installed)
-            num_bytes += handed_over.num_bytes if handed_over else 0
-            if leases and num_bytes > MAX_BYTES_A_GRANT:
-                break
-            leases.append(self._grant(group, number, session_id, handed_over, now))
-        session.refusal = "" if leases else refusal or ""
+        if refusal is not None:
+            session.num_asked, session.refusal = 0, refusal
+            return [], refusal
+        assert self.version is not None
+        leases, session.refusal = self.grants.grant(session, self.version, installed, max_leases, now)
         return leases, session.refusal
+
+    def asks_no_more(self, session_id: str) -> None:
+        """An actor that was told to wait for leases has gone away, or waits no longer."""
+        session = self.fleet.find(session_id)
+        if session is not None:
+            session.num_asked = 0
 
     def _refusal(self, session: Session, installed: PolicyVersion, digest: str) -> str | None:
         if self.finished:
@@ -294,84 +308,6 @@ class Scheduler:
             return f"installed is {installed} with digest {digest[:12]!r}, which was never published"
         session.installed = installed
         return None
-
-    def _open_group(self, installed: PolicyVersion) -> tuple[Group, int] | str:
-        assert self.version is not None
-        refusal = self._admission.refusal(
-            version=self.version.step, born=installed.step, num_open=len(self.groups)
-        )
-        if refusal is not None:
-            return refusal
-        group_id = self._next_group_id
-        self._next_group_id += 1
-        group = Group(
-            group_id=group_id,
-            task=self._tasks.task(group_id),
-            born=installed,
-            due=self._admission.due(installed.step),
-            slots=[Slot() for _ in range(self.schedule.group_size)],
-        )
-        self.board.open(group)
-        self._journal.record(
-            GroupOpened(group_id=group_id, task=group.task, born=installed, num_slots=len(group.slots))
-        )
-        return group, 0
-
-    def _handed_over(self, slot: Slot, installed: PolicyVersion) -> HandedOver | None:
-        """What a lease of the slot goes on from. A straggler's rival begins anew: it may be what is slow."""
-        handed_over = slot.handed_over
-        if handed_over is None or slot.lease_ids or handed_over.newest > installed:
-            return None
-        return handed_over
-
-    def _grant(
-        self, group: Group, number: int, session_id: str, handed_over: HandedOver | None, now: float
-    ) -> Lease:
-        slot = group.slots[number]
-        if handed_over is not None:
-            # Once: should this lease come to nothing, what it went on from may be the cause.
-            slot.handed_over = None
-            self.num_continued += 1
-        attempt = slot.next_attempt
-        slot.next_attempt += 1
-        lease_id = f"{group.group_id}.{number}.{attempt}"
-        rival = bool(slot.lease_ids)
-        slot.lease_ids.append(lease_id)
-        self.leases.grant(
-            lease_id=lease_id, group_id=group.group_id, slot=number, session_id=session_id, now=now
-        )
-        self._journal.record(
-            LeaseGranted(
-                lease_id=lease_id,
-                group_id=group.group_id,
-                slot=number,
-                attempt=attempt,
-                session_id=session_id,
-            )
-        )
-        return Lease(
-            lease_id=lease_id,
-            group_id=group.group_id,
-            slot=number,
-            attempt=attempt,
-            task=group.task,
-            sampling=self._sampling_of(group.group_id, number, attempt),
-            progress_timeout_seconds=self._config.progress_timeout_seconds,
-            rival=rival,
-            continues=handed_over is not None,
-        )
-
-    def _sampling_of(self, group_id: int, slot: int, attempt: int) -> Sampling:
-        sampling = self._sampling
-        if sampling.seed == 0:
-            return sampling
-        return Sampling(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_tokens,
-            seed=derive_seed(sampling.seed, group_id, slot, attempt),
-        )
 
     # -- submissions ----------------------------------------------------------------------
 
@@ -422,12 +358,12 @@ class Scheduler:
             return
         lease = self.leases.get(lease_id)
         if lease is not None and lease.session_id == session_id:
-            if outcome in (LeaseOutcome.INFRASTRUCTURE, LeaseOutcome.DATA):
-                self._count_fault(lease, FaultKind(outcome.value), message)
-                self.demand.lease_ended(now - lease.granted_at, filled=False)
             if partial is not None and outcome is LeaseOutcome.DRAINED:
                 self._take_over(lease, partial)
             self.board.end_lease(lease, outcome, message=message)
+            if outcome in _FAULTS:
+                self.demand.lease_ended(now - lease.granted_at, filled=False)
+                self._count_fault(session, lease, outcome, message, now)
 
     def _take_over(self, lease: LiveLease, partial: SentPartial) -> None:
         """Keeps what a leaving actor played, unless its group is closed or it is unsound."""
@@ -544,6 +480,7 @@ class Scheduler:
         if verdict.state is TrajectoryState.PENDING:
             slot.given_up = False
             self.num_filled += 1
+            self.outages.filled(group.task.environment, submission.lease_id, now)
             slot.filled = Filled(
                 trajectory_id=submission.trajectory_id,
                 oldest_step=submission.oldest.step,
@@ -573,11 +510,12 @@ class Scheduler:
         self.fleet.remove(session.session_id)
         self._journal.record(SessionClosed(session_id=session.session_id, reason=reason))
 
-    def _count_fault(self, lease: LiveLease, kind: FaultKind, message: str) -> None:
-        environment = self.groups[lease.group_id].task.environment
-        faults = self.faults.setdefault(environment, EnvironmentFaults())
-        faults.counts[kind] += 1
-        faults.last = message[:500]
-        self._journal.event(
-            "fault", f"{kind} fault on lease {lease.lease_id} ({environment}): {message[:500]}"
-        )
+    def _count_fault(
+        self, session: Session, lease: LiveLease, outcome: LeaseOutcome, message: str, now: float
+    ) -> None:
+        group = self.board.find(lease.group_id)
+        kind = _FAULTS[outcome]
+        if kind is None or group is None:
+            self._journal.event("fault", f"{session.info.actor_id}, lease {lease.lease_id}: {message[:500]}")
+        else:
+            self.outages.fault(group.task.environment, lease.lease_id, kind, message, now)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict, deque
+from collections.abc import Callable
 
 from learner.config import FleetConfig
 from learner.coordinator.board import Board
@@ -36,7 +37,9 @@ class Stragglers:
         """Notes how long a rollout took."""
         self._pace.finished(environment, now - lease.granted_at, num_tokens)
 
-    def slot_for(self, session_id: str, born: int) -> tuple[Group, int] | None:
+    def slot_for(
+        self, session_id: str, born: int, may_lease: Callable[[str], bool]
+    ) -> tuple[Group, int] | None:
         """A slot, of a group born at version `born` or before, whose only lease straggles elsewhere."""
         for lease_id in self._lease_ids:
             lease = self._board.leases.get(lease_id)
@@ -44,7 +47,8 @@ class Stragglers:
             if lease is None or group is None or lease.session_id == session_id:
                 continue
             alone = group.slots[lease.slot].lease_ids == [lease_id]
-            if alone and group.born.step <= born and not self._board.is_assigned(group):
+            sound = may_lease(group.task.environment) and not self._board.is_assigned(group)
+            if alone and sound and group.born.step <= born:
                 return group, lease.slot
         return None
 
@@ -68,9 +72,7 @@ class Stragglers:
             self._board.drop(group, TrajectoryState.GROUP_DROPPED, f"{what}: late")
         elif self._config.late_group == "partial" and len(group.members) >= 2:
             self._journal.event("late", f"{what}: it is trained without them")
-            for slot in group.missing_slots:
-                self._board.revoke_leases(slot, "its group is trained without it")
-                slot.given_up = True
+            self._board.train_without_missing(group, "its group is trained without it")
         elif not group.is_late:
             group.is_late = True
             self._journal.event("late", f"{what}: they may be leased again elsewhere")

@@ -7,7 +7,7 @@ left it.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -37,10 +37,26 @@ class TaskOrder:
         self._sources = tuple(sources)
         self._seed = seed
 
+    @property
+    def environments(self) -> tuple[str, ...]:
+        return tuple(source.environment for source in self._sources)
+
+    def next_group(self, group_id: int, may_lease: Callable[[str], bool]) -> int | None:
+        """The first group, from this one on, whose environment may be leased; None if none may.
+
+        Those that are passed over are never opened: what they would have played comes again
+        with the environment's next turn through its tasks.
+        """
+        candidates = range(group_id, group_id + len(self._sources))
+        return next((number for number in candidates if may_lease(self._source(number).environment)), None)
+
     def task(self, group_id: int) -> Task:
-        source = self._sources[group_id % len(self._sources)]
+        source = self._source(group_id)
         turn = group_id // len(self._sources)
         return Task(source.environment, TRAIN, self._index(source, turn), derive_seed(self._seed, group_id))
+
+    def _source(self, group_id: int) -> TaskSource:
+        return self._sources[group_id % len(self._sources)]
 
     def _index(self, source: TaskSource, turn: int) -> int:
         if source.num_tasks == 0:

@@ -164,8 +164,12 @@ def _refused(ledger: pb.LedgerStatus) -> str:
     return "; ".join(parts)
 
 
+_LEASES = {"closed": "yes", "open": "left out", "probing": "tried"}
+"""Whether an environment is leased, by the state of its breaker."""
+
+
 def _environments(status: pb.GetStatusResponse) -> RenderableType:
-    table = _columns("environment", "address", "trajectories", "faults", "of data", left=2)
+    table = _columns("environment", "address", "trajectories", "faults", "of data", "leases", left=2)
     for environment in status.environments:
         infrastructure, data = environment.infrastructure_faults, environment.data_faults
         style = "red" if infrastructure + data else ""
@@ -175,13 +179,19 @@ def _environments(status: pb.GetStatusResponse) -> RenderableType:
             f"{environment.num_trajectories:,}",
             Text(f"{infrastructure + data:,}", style=style),
             Text(f"{data:,}", style=style),
+            Text(_LEASES.get(environment.breaker, ""), style="red" if environment.left_out else ""),
         )
+    left_out = [
+        _said(f"{environment.name} is left out: {environment.left_out}", "red")
+        for environment in status.environments
+        if environment.left_out
+    ]
     faults = [
         _said(f"{environment.name}: {environment.last_fault}", "red")
         for environment in status.environments
         if environment.last_fault
     ]
-    return Group(table, *faults)
+    return Group(table, *left_out, *faults)
 
 
 def _waiting(status: pb.GetStatusResponse) -> Text:

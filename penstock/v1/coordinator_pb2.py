@@ -27,21 +27,21 @@ from penstock.v1 import trajectory_pb2 as penstock_dot_v1_dot_trajectory__pb2
 from penstock.v1 import weights_pb2 as penstock_dot_v1_dot_weights__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dpenstock/v1/coordinator.proto\x12\x0bpenstock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cpenstock/v1/trajectory.proto\x1a\x19penstock/v1/weights.proto\"\xa7\x01\n\x0bJoinRequest\x12\x10\n\x08\x61\x63tor_id\x18\x01 \x01(\t\x12\x10\n\x08protocol\x18\x02 \x01(\r\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12\x11\n\tnum_slots\x18\x04 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x10\n\x08hostname\x18\x06 \x01(\t\x12\x0b\n\x03pid\x18\x07 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x11\n\tlease_ids\x18\t \x03(\t\"U\n\x13\x45nvironmentEndpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\"\xc1\x03\n\x0cJoinResponse\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x35\n\x12heartbeat_interval\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0cpolicy_files\x18\x04 \x01(\x0b\x32\x18.penstock.v1.PolicyFiles\x12\x36\n\x0c\x65nvironments\x18\x05 \x03(\x0b\x32 .penstock.v1.EnvironmentEndpoint\x12%\n\x07\x63redits\x18\x06 \x01(\x0b\x32\x14.penstock.v1.Credits\x12\x30\n\rreset_timeout\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0cstep_timeout\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1e\n\x11truncation_reward\x18\t \x01(\x01H\x00\x88\x01\x01\x12.\n\x0cinstall_mode\x18\n \x01(\x0e\x32\x18.penstock.v1.InstallModeB\x14\n\x12_truncation_reward\"\"\n\x0cWatchRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x9e\x01\n\rWatchResponse\x12.\n\x07version\x18\x01 \x01(\x0b\x32\x1b.penstock.v1.WeightManifestH\x00\x12+\n\x06revoke\x18\x02 \x01(\x0b\x32\x19.penstock.v1.RevokeLeasesH\x00\x12#\n\x05\x64rain\x18\x03 \x01(\x0b\x32\x12.penstock.v1.DrainH\x00\x42\x0b\n\tdirective\"1\n\x0cRevokeLeases\x12\x11\n\tlease_ids\x18\x01 \x03(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\")\n\x05\x44rain\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x10\n\x08\x66inished\x18\x02 \x01(\x08\"H\n\rLeaseProgress\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x11\n\tnum_turns\x18\x03 \x01(\r\"\x99\x01\n\x0b\x45ngineStats\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x12\n\nnum_tokens\x18\x03 \x01(\x04\x12\x19\n\x11tokens_per_second\x18\x04 \x01(\x01\x12\x14\n\x0cnum_installs\x18\x05 \x01(\r\x12\x1b\n\x13max_install_seconds\x18\x06 \x01(\x01\"\x8d\x01\n\tActorWait\x12\x0c\n\x04what\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12*\n\x07longest\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05limit\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xef\x01\n\x10HeartbeatRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12-\n\tinstalled\x18\x02 \x01(\x0b\x32\x1a.penstock.v1.PolicyVersion\x12,\n\x08progress\x18\x03 \x03(\x0b\x32\x1a.penstock.v1.LeaseProgress\x12\'\n\x05stats\x18\x04 \x01(\x0b\x32\x18.penstock.v1.EngineStats\x12\x1a\n\x12num_unacknowledged\x18\x05 \x01(\r\x12%\n\x05waits\x18\x06 \x03(\x0b\x32\x16.penstock.v1.ActorWait\"?\n\x11HeartbeatResponse\x12*\n\x06newest\x18\x01 \x01(\x0b\x32\x1a.penstock.v1.PolicyVersion\"\xb0\x01\n\x14\x41\x63quireLeasesRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nmax_leases\x18\x02 \x01(\r\x12-\n\tinstalled\x18\x03 \x01(\x0b\x32\x1a.penstock.v1.PolicyVersion\x12\x18\n\x10installed_digest\x18\x04 \x01(\t\x12\'\n\x04wait\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"K\n\x15\x41\x63quireLeasesResponse\x12\"\n\x06leases\x18\x01 \x03(\x0b\x32\x12.penstock.v1.Lease\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x83\x02\n\x05Lease\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x10\n\x08group_id\x18\x02 \x01(\x04\x12\x0c\n\x04slot\x18\x03 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12\x1f\n\x04task\x18\x05 \x01(\x0b\x32\x11.penstock.v1.Task\x12\'\n\x08sampling\x18\x06 \x01(\x0b\x32\x15.penstock.v1.Sampling\x12\x33\n\x10progress_timeout\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05rival\x18\x08 \x01(\x08\x12\x0f\n\x07partial\x18\t \x01(\x0c\x12\x18\n\x10partial_checksum\x18\n \x01(\x06\"K\n\rSubmitRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12&\n\x05items\x18\x02 \x03(\x0b\x32\x17.penstock.v1.SubmitItem\"w\n\nSubmitItem\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x14\n\ntrajectory\x18\x02 \x01(\x0cH\x00\x12\'\n\x07release\x18\x03 \x01(\x0b\x32\x14.penstock.v1.ReleaseH\x00\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x06\x42\x06\n\x04item\"i\n\x07Release\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12*\n\x06reason\x18\x02 \x01(\x0e\x32\x1a.penstock.v1.ReleaseReason\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0f\n\x07partial\x18\x04 \x01(\x0c\"~\n\x07Verdict\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.penstock.v1.VerdictKind\x12(\n\x04\x63ode\x18\x03 \x01(\x0e\x32\x1a.penstock.v1.RejectionCode\x12\x0f\n\x07message\x18\x04 \x01(\t\"6\n\x07\x43redits\x12\x18\n\x10num_trajectories\x18\x01 \x01(\r\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"u\n\x0eSubmitResponse\x12\x14\n\x0c\x61\x63knowledged\x18\x01 \x01(\x04\x12&\n\x08verdicts\x18\x02 \x03(\x0b\x32\x14.penstock.v1.Verdict\x12%\n\x07\x63redits\x18\x03 \x01(\x0b\x32\x14.penstock.v1.Credits\"2\n\x0cLeaveRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x0f\n\rLeaveResponse*^\n\x0bInstallMode\x12\x1c\n\x18INSTALL_MODE_UNSPECIFIED\x10\x00\x12\x15\n\x11INSTALL_MODE_KEEP\x10\x01\x12\x1a\n\x16INSTALL_MODE_RECOMPUTE\x10\x02*\xa4\x01\n\rReleaseReason\x12\x1e\n\x1aRELEASE_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17RELEASE_REASON_DRAINING\x10\x01\x12!\n\x1dRELEASE_REASON_INFRASTRUCTURE\x10\x02\x12\x17\n\x13RELEASE_REASON_DATA\x10\x03\x12\x1a\n\x16RELEASE_REASON_REVOKED\x10\x04*\xcd\x01\n\x0bVerdictKind\x12\x1c\n\x18VERDICT_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15VERDICT_KIND_ACCEPTED\x10\x01\x12\x1a\n\x16VERDICT_KIND_DUPLICATE\x10\x02\x12\x16\n\x12VERDICT_KIND_STALE\x10\x03\x12\x18\n\x14VERDICT_KIND_SURPLUS\x10\x04\x12\x19\n\x15VERDICT_KIND_REJECTED\x10\x05\x12\x1c\n\x18VERDICT_KIND_QUARANTINED\x10\x06*\x9a\x04\n\rRejectionCode\x12\x1e\n\x1aREJECTION_CODE_UNSPECIFIED\x10\x00\x12\x19\n\x15REJECTION_CODE_BAD_ID\x10\x01\x12\x1e\n\x1aREJECTION_CODE_BAD_LENGTHS\x10\x02\x12\x1b\n\x17REJECTION_CODE_BAD_MASK\x10\x03\x12%\n!REJECTION_CODE_TOKEN_OUT_OF_RANGE\x10\x04\x12%\n!REJECTION_CODE_NON_FINITE_LOGPROB\x10\x05\x12#\n\x1fREJECTION_CODE_POSITIVE_LOGPROB\x10\x06\x12\x1f\n\x1bREJECTION_CODE_BAD_VERSIONS\x10\x07\x12\"\n\x1eREJECTION_CODE_UNKNOWN_VERSION\x10\x08\x12 \n\x1cREJECTION_CODE_UNKNOWN_LEASE\x10\t\x12\x1d\n\x19REJECTION_CODE_WRONG_TASK\x10\n\x12\x1d\n\x19REJECTION_CODE_BAD_REWARD\x10\x0b\x12\x1b\n\x17REJECTION_CODE_TOO_LONG\x10\x0c\x12&\n\"REJECTION_CODE_OBSERVATION_DIFFERS\x10\r\x12\x18\n\x14REJECTION_CODE_EMPTY\x10\x0e\x12\x1a\n\x16REJECTION_CODE_CORRUPT\x10\x0f\x32\xbe\x03\n\x12\x43oordinatorService\x12;\n\x04Join\x12\x18.penstock.v1.JoinRequest\x1a\x19.penstock.v1.JoinResponse\x12@\n\x05Watch\x12\x19.penstock.v1.WatchRequest\x1a\x1a.penstock.v1.WatchResponse0\x01\x12J\n\tHeartbeat\x12\x1d.penstock.v1.HeartbeatRequest\x1a\x1e.penstock.v1.HeartbeatResponse\x12V\n\rAcquireLeases\x12!.penstock.v1.AcquireLeasesRequest\x1a\".penstock.v1.AcquireLeasesResponse\x12\x45\n\x06Submit\x12\x1a.penstock.v1.SubmitRequest\x1a\x1b.penstock.v1.SubmitResponse(\x01\x30\x01\x12>\n\x05Leave\x12\x19.penstock.v1.LeaveRequest\x1a\x1a.penstock.v1.LeaveResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dpenstock/v1/coordinator.proto\x12\x0bpenstock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cpenstock/v1/trajectory.proto\x1a\x19penstock/v1/weights.proto\"\xa7\x01\n\x0bJoinRequest\x12\x10\n\x08\x61\x63tor_id\x18\x01 \x01(\t\x12\x10\n\x08protocol\x18\x02 \x01(\r\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12\x11\n\tnum_slots\x18\x04 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x10\n\x08hostname\x18\x06 \x01(\t\x12\x0b\n\x03pid\x18\x07 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x11\n\tlease_ids\x18\t \x03(\t\"U\n\x13\x45nvironmentEndpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\"\xc1\x03\n\x0cJoinResponse\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x35\n\x12heartbeat_interval\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0cpolicy_files\x18\x04 \x01(\x0b\x32\x18.penstock.v1.PolicyFiles\x12\x36\n\x0c\x65nvironments\x18\x05 \x03(\x0b\x32 .penstock.v1.EnvironmentEndpoint\x12%\n\x07\x63redits\x18\x06 \x01(\x0b\x32\x14.penstock.v1.Credits\x12\x30\n\rreset_timeout\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0cstep_timeout\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1e\n\x11truncation_reward\x18\t \x01(\x01H\x00\x88\x01\x01\x12.\n\x0cinstall_mode\x18\n \x01(\x0e\x32\x18.penstock.v1.InstallModeB\x14\n\x12_truncation_reward\"\"\n\x0cWatchRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x9e\x01\n\rWatchResponse\x12.\n\x07version\x18\x01 \x01(\x0b\x32\x1b.penstock.v1.WeightManifestH\x00\x12+\n\x06revoke\x18\x02 \x01(\x0b\x32\x19.penstock.v1.RevokeLeasesH\x00\x12#\n\x05\x64rain\x18\x03 \x01(\x0b\x32\x12.penstock.v1.DrainH\x00\x42\x0b\n\tdirective\"1\n\x0cRevokeLeases\x12\x11\n\tlease_ids\x18\x01 \x03(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\")\n\x05\x44rain\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x10\n\x08\x66inished\x18\x02 \x01(\x08\"}\n\rLeaseProgress\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x11\n\tnum_turns\x18\x03 \x01(\r\x12\x33\n\x10\x65nvironment_wait\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"^\n\x0e\x45nvironmentUse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bnum_answers\x18\x02 \x01(\x04\x12)\n\x06waited\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x99\x01\n\x0b\x45ngineStats\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x12\n\nnum_tokens\x18\x03 \x01(\x04\x12\x19\n\x11tokens_per_second\x18\x04 \x01(\x01\x12\x14\n\x0cnum_installs\x18\x05 \x01(\r\x12\x1b\n\x13max_install_seconds\x18\x06 \x01(\x01\"\x8d\x01\n\tActorWait\x12\x0c\n\x04what\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12*\n\x07longest\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05limit\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa2\x02\n\x10HeartbeatRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12-\n\tinstalled\x18\x02 \x01(\x0b\x32\x1a.penstock.v1.PolicyVersion\x12,\n\x08progress\x18\x03 \x03(\x0b\x32\x1a.penstock.v1.LeaseProgress\x12\'\n\x05stats\x18\x04 \x01(\x0b\x32\x18.penstock.v1.EngineStats\x12\x1a\n\x12num_unacknowledged\x18\x05 \x01(\r\x12%\n\x05waits\x18\x06 \x03(\x0b\x32\x16.penstock.v1.ActorWait\x12\x31\n\x0c\x65nvironments\x18\x07 \x03(\x0b\x32\x1b.penstock.v1.EnvironmentUse\"?\n\x11HeartbeatResponse\x12*\n\x06newest\x18\x01 \x01(\x0b\x32\x1a.penstock.v1.PolicyVersion\"\xb0\x01\n\x14\x41\x63quireLeasesRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nmax_leases\x18\x02 \x01(\r\x12-\n\tinstalled\x18\x03 \x01(\x0b\x32\x1a.penstock.v1.PolicyVersion\x12\x18\n\x10installed_digest\x18\x04 \x01(\t\x12\'\n\x04wait\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"K\n\x15\x41\x63quireLeasesResponse\x12\"\n\x06leases\x18\x01 \x03(\x0b\x32\x12.penstock.v1.Lease\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x83\x02\n\x05Lease\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x10\n\x08group_id\x18\x02 \x01(\x04\x12\x0c\n\x04slot\x18\x03 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12\x1f\n\x04task\x18\x05 \x01(\x0b\x32\x11.penstock.v1.Task\x12\'\n\x08sampling\x18\x06 \x01(\x0b\x32\x15.penstock.v1.Sampling\x12\x33\n\x10progress_timeout\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05rival\x18\x08 \x01(\x08\x12\x0f\n\x07partial\x18\t \x01(\x0c\x12\x18\n\x10partial_checksum\x18\n \x01(\x06\"K\n\rSubmitRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12&\n\x05items\x18\x02 \x03(\x0b\x32\x17.penstock.v1.SubmitItem\"w\n\nSubmitItem\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x14\n\ntrajectory\x18\x02 \x01(\x0cH\x00\x12\'\n\x07release\x18\x03 \x01(\x0b\x32\x14.penstock.v1.ReleaseH\x00\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x06\x42\x06\n\x04item\"i\n\x07Release\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12*\n\x06reason\x18\x02 \x01(\x0e\x32\x1a.penstock.v1.ReleaseReason\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0f\n\x07partial\x18\x04 \x01(\x0c\"~\n\x07Verdict\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.penstock.v1.VerdictKind\x12(\n\x04\x63ode\x18\x03 \x01(\x0e\x32\x1a.penstock.v1.RejectionCode\x12\x0f\n\x07message\x18\x04 \x01(\t\"6\n\x07\x43redits\x12\x18\n\x10num_trajectories\x18\x01 \x01(\r\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"u\n\x0eSubmitResponse\x12\x14\n\x0c\x61\x63knowledged\x18\x01 \x01(\x04\x12&\n\x08verdicts\x18\x02 \x03(\x0b\x32\x14.penstock.v1.Verdict\x12%\n\x07\x63redits\x18\x03 \x01(\x0b\x32\x14.penstock.v1.Credits\"2\n\x0cLeaveRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x0f\n\rLeaveResponse*^\n\x0bInstallMode\x12\x1c\n\x18INSTALL_MODE_UNSPECIFIED\x10\x00\x12\x15\n\x11INSTALL_MODE_KEEP\x10\x01\x12\x1a\n\x16INSTALL_MODE_RECOMPUTE\x10\x02*\xbf\x01\n\rReleaseReason\x12\x1e\n\x1aRELEASE_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17RELEASE_REASON_DRAINING\x10\x01\x12!\n\x1dRELEASE_REASON_INFRASTRUCTURE\x10\x02\x12\x17\n\x13RELEASE_REASON_DATA\x10\x03\x12\x1a\n\x16RELEASE_REASON_REVOKED\x10\x04\x12\x19\n\x15RELEASE_REASON_ENGINE\x10\x05*\xcd\x01\n\x0bVerdictKind\x12\x1c\n\x18VERDICT_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15VERDICT_KIND_ACCEPTED\x10\x01\x12\x1a\n\x16VERDICT_KIND_DUPLICATE\x10\x02\x12\x16\n\x12VERDICT_KIND_STALE\x10\x03\x12\x18\n\x14VERDICT_KIND_SURPLUS\x10\x04\x12\x19\n\x15VERDICT_KIND_REJECTED\x10\x05\x12\x1c\n\x18VERDICT_KIND_QUARANTINED\x10\x06*\x9a\x04\n\rRejectionCode\x12\x1e\n\x1aREJECTION_CODE_UNSPECIFIED\x10\x00\x12\x19\n\x15REJECTION_CODE_BAD_ID\x10\x01\x12\x1e\n\x1aREJECTION_CODE_BAD_LENGTHS\x10\x02\x12\x1b\n\x17REJECTION_CODE_BAD_MASK\x10\x03\x12%\n!REJECTION_CODE_TOKEN_OUT_OF_RANGE\x10\x04\x12%\n!REJECTION_CODE_NON_FINITE_LOGPROB\x10\x05\x12#\n\x1fREJECTION_CODE_POSITIVE_LOGPROB\x10\x06\x12\x1f\n\x1bREJECTION_CODE_BAD_VERSIONS\x10\x07\x12\"\n\x1eREJECTION_CODE_UNKNOWN_VERSION\x10\x08\x12 \n\x1cREJECTION_CODE_UNKNOWN_LEASE\x10\t\x12\x1d\n\x19REJECTION_CODE_WRONG_TASK\x10\n\x12\x1d\n\x19REJECTION_CODE_BAD_REWARD\x10\x0b\x12\x1b\n\x17REJECTION_CODE_TOO_LONG\x10\x0c\x12&\n\"REJECTION_CODE_OBSERVATION_DIFFERS\x10\r\x12\x18\n\x14REJECTION_CODE_EMPTY\x10\x0e\x12\x1a\n\x16REJECTION_CODE_CORRUPT\x10\x0f\x32\xbe\x03\n\x12\x43oordinatorService\x12;\n\x04Join\x12\x18.penstock.v1.JoinRequest\x1a\x19.penstock.v1.JoinResponse\x12@\n\x05Watch\x12\x19.penstock.v1.WatchRequest\x1a\x1a.penstock.v1.WatchResponse0\x01\x12J\n\tHeartbeat\x12\x1d.penstock.v1.HeartbeatRequest\x1a\x1e.penstock.v1.HeartbeatResponse\x12V\n\rAcquireLeases\x12!.penstock.v1.AcquireLeasesRequest\x1a\".penstock.v1.AcquireLeasesResponse\x12\x45\n\x06Submit\x12\x1a.penstock.v1.SubmitRequest\x1a\x1b.penstock.v1.SubmitResponse(\x01\x30\x01\x12>\n\x05Leave\x12\x19.penstock.v1.LeaveRequest\x1a\x1a.penstock.v1.LeaveResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'penstock.v1.coordinator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_INSTALLMODE']._serialized_start=3011
-  _globals['_INSTALLMODE']._serialized_end=3105
-  _globals['_RELEASEREASON']._serialized_start=3108
-  _globals['_RELEASEREASON']._serialized_end=3272
-  _globals['_VERDICTKIND']._serialized_start=3275
-  _globals['_VERDICTKIND']._serialized_end=3480
-  _globals['_REJECTIONCODE']._serialized_start=3483
-  _globals['_REJECTIONCODE']._serialized_end=4021
+  _globals['_INSTALLMODE']._serialized_start=3211
+  _globals['_INSTALLMODE']._serialized_end=3305
+  _globals['_RELEASEREASON']._serialized_start=3308
+  _globals['_RELEASEREASON']._serialized_end=3499
+  _globals['_VERDICTKIND']._serialized_start=3502
+  _globals['_VERDICTKIND']._serialized_end=3707
+  _globals['_REJECTIONCODE']._serialized_start=3710
+  _globals['_REJECTIONCODE']._serialized_end=4248
   _globals['_JOINREQUEST']._serialized_start=136
   _globals['_JOINREQUEST']._serialized_end=303
   _globals['_ENVIRONMENTENDPOINT']._serialized_start=305
@@ -57,37 +57,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DRAIN']._serialized_start=1092
   _globals['_DRAIN']._serialized_end=1133
   _globals['_LEASEPROGRESS']._serialized_start=1135
-  _globals['_LEASEPROGRESS']._serialized_end=1207
-  _globals['_ENGINESTATS']._serialized_start=1210
-  _globals['_ENGINESTATS']._serialized_end=1363
-  _globals['_ACTORWAIT']._serialized_start=1366
-  _globals['_ACTORWAIT']._serialized_end=1507
-  _globals['_HEARTBEATREQUEST']._serialized_start=1510
-  _globals['_HEARTBEATREQUEST']._serialized_end=1749
-  _globals['_HEARTBEATRESPONSE']._serialized_start=1751
-  _globals['_HEARTBEATRESPONSE']._serialized_end=1814
-  _globals['_ACQUIRELEASESREQUEST']._serialized_start=1817
-  _globals['_ACQUIRELEASESREQUEST']._serialized_end=1993
-  _globals['_ACQUIRELEASESRESPONSE']._serialized_start=1995
-  _globals['_ACQUIRELEASESRESPONSE']._serialized_end=2070
-  _globals['_LEASE']._serialized_start=2073
-  _globals['_LEASE']._serialized_end=2332
-  _globals['_SUBMITREQUEST']._serialized_start=2334
-  _globals['_SUBMITREQUEST']._serialized_end=2409
-  _globals['_SUBMITITEM']._serialized_start=2411
-  _globals['_SUBMITITEM']._serialized_end=2530
-  _globals['_RELEASE']._serialized_start=2532
-  _globals['_RELEASE']._serialized_end=2637
-  _globals['_VERDICT']._serialized_start=2639
-  _globals['_VERDICT']._serialized_end=2765
-  _globals['_CREDITS']._serialized_start=2767
-  _globals['_CREDITS']._serialized_end=2821
-  _globals['_SUBMITRESPONSE']._serialized_start=2823
-  _globals['_SUBMITRESPONSE']._serialized_end=2940
-  _globals['_LEAVEREQUEST']._serialized_start=2942
-  _globals['_LEAVEREQUEST']._serialized_end=2992
-  _globals['_LEAVERESPONSE']._serialized_start=2994
-  _globals['_LEAVERESPONSE']._serialized_end=3009
-  _globals['_COORDINATORSERVICE']._serialized_start=4024
-  _globals['_COORDINATORSERVICE']._serialized_end=4470
+  _globals['_LEASEPROGRESS']._serialized_end=1260
+  _globals['_ENVIRONMENTUSE']._serialized_start=1262
+  _globals['_ENVIRONMENTUSE']._serialized_end=1356
+  _globals['_ENGINESTATS']._serialized_start=1359
+  _globals['_ENGINESTATS']._serialized_end=1512
+  _globals['_ACTORWAIT']._serialized_start=1515
+  _globals['_ACTORWAIT']._serialized_end=1656
+  _globals['_HEARTBEATREQUEST']._serialized_start=1659
+  _globals['_HEARTBEATREQUEST']._serialized_end=1949
+  _globals['_HEARTBEATRESPONSE']._serialized_start=1951
+  _globals['_HEARTBEATRESPONSE']._serialized_end=2014
+  _globals['_ACQUIRELEASESREQUEST']._serialized_start=2017
+  _globals['_ACQUIRELEASESREQUEST']._serialized_end=2193
+  _globals['_ACQUIRELEASESRESPONSE']._serialized_start=2195
+  _globals['_ACQUIRELEASESRESPONSE']._serialized_end=2270
+  _globals['_LEASE']._serialized_start=2273
+  _globals['_LEASE']._serialized_end=2532
+  _globals['_SUBMITREQUEST']._serialized_start=2534
+  _globals['_SUBMITREQUEST']._serialized_end=2609
+  _globals['_SUBMITITEM']._serialized_start=2611
+  _globals['_SUBMITITEM']._serialized_end=2730
+  _globals['_RELEASE']._serialized_start=2732
+  _globals['_RELEASE']._serialized_end=2837
+  _globals['_VERDICT']._serialized_start=2839
+  _globals['_VERDICT']._serialized_end=2965
+  _globals['_CREDITS']._serialized_start=2967
+  _globals['_CREDITS']._serialized_end=3021
+  _globals['_SUBMITRESPONSE']._serialized_start=3023
+  _globals['_SUBMITRESPONSE']._serialized_end=3140
+  _globals['_LEAVEREQUEST']._serialized_start=3142
+  _globals['_LEAVEREQUEST']._serialized_end=3192
+  _globals['_LEAVERESPONSE']._serialized_start=3194
+  _globals['_LEAVERESPONSE']._serialized_end=3209
+  _globals['_COORDINATORSERVICE']._serialized_start=4251
+  _globals['_COORDINATORSERVICE']._serialized_end=4697
 # @@protoc_insertion_point(module_scope)

@@ -64,11 +64,13 @@ class _ReleaseReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Release
     RELEASE_REASON_DRAINING: _ReleaseReason.ValueType  # 1
     """The actor stops: the slot's budgets are untouched."""
     RELEASE_REASON_INFRASTRUCTURE: _ReleaseReason.ValueType  # 2
-    """An engine, an environment or a network failed. Retried elsewhere."""
+    """The environment or the network to it failed. Retried elsewhere."""
     RELEASE_REASON_DATA: _ReleaseReason.ValueType  # 3
     """The task itself is at fault: no retry will help for long."""
     RELEASE_REASON_REVOKED: _ReleaseReason.ValueType  # 4
     """The learner revoked the lease."""
+    RELEASE_REASON_ENGINE: _ReleaseReason.ValueType  # 5
+    """The actor's engine failed: nothing is wrong with the environment. Retried elsewhere."""
 
 class ReleaseReason(_ReleaseReason, metaclass=_ReleaseReasonEnumTypeWrapper): ...
 
@@ -76,11 +78,13 @@ RELEASE_REASON_UNSPECIFIED: ReleaseReason.ValueType  # 0
 RELEASE_REASON_DRAINING: ReleaseReason.ValueType  # 1
 """The actor stops: the slot's budgets are untouched."""
 RELEASE_REASON_INFRASTRUCTURE: ReleaseReason.ValueType  # 2
-"""An engine, an environment or a network failed. Retried elsewhere."""
+"""The environment or the network to it failed. Retried elsewhere."""
 RELEASE_REASON_DATA: ReleaseReason.ValueType  # 3
 """The task itself is at fault: no retry will help for long."""
 RELEASE_REASON_REVOKED: ReleaseReason.ValueType  # 4
 """The learner revoked the lease."""
+RELEASE_REASON_ENGINE: ReleaseReason.ValueType  # 5
+"""The actor's engine failed: nothing is wrong with the environment. Retried elsewhere."""
 Global___ReleaseReason: _TypeAlias = ReleaseReason  # noqa: Y015
 
 class _VerdictKind:
@@ -443,24 +447,59 @@ class LeaseProgress(_message.Message):
     LEASE_ID_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_TURNS_FIELD_NUMBER: _builtins.int
+    ENVIRONMENT_WAIT_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     num_tokens: _builtins.int
     """Totals of this rollout. A lease is extended only when one of them grew."""
     num_turns: _builtins.int
+    @_builtins.property
+    def environment_wait(self) -> _duration_pb2.Duration:
+        """For how long it waits for its environment now; unset if it does not."""
+
     def __init__(
         self,
         *,
         lease_id: _builtins.str = ...,
         num_tokens: _builtins.int = ...,
         num_turns: _builtins.int = ...,
+        environment_wait: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["environment_wait", b"environment_wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id", "num_tokens", b"num_tokens", "num_turns", b"num_turns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["environment_wait", b"environment_wait", "lease_id", b"lease_id", "num_tokens", b"num_tokens", "num_turns", b"num_turns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LeaseProgress: _TypeAlias = LeaseProgress  # noqa: Y015
+
+@_typing.final
+class EnvironmentUse(_message.Message):
+    """How quickly an environment answers one actor."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    NUM_ANSWERS_FIELD_NUMBER: _builtins.int
+    WAITED_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    num_answers: _builtins.int
+    """Resets and steps that were answered since the actor started, and what they took in all."""
+    @_builtins.property
+    def waited(self) -> _duration_pb2.Duration: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        num_answers: _builtins.int = ...,
+        waited: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["waited", b"waited"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "num_answers", b"num_answers", "waited", b"waited"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EnvironmentUse: _TypeAlias = EnvironmentUse  # noqa: Y015
 
 @_typing.final
 class EngineStats(_message.Message):
@@ -547,6 +586,7 @@ class HeartbeatRequest(_message.Message):
     STATS_FIELD_NUMBER: _builtins.int
     NUM_UNACKNOWLEDGED_FIELD_NUMBER: _builtins.int
     WAITS_FIELD_NUMBER: _builtins.int
+    ENVIRONMENTS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     num_unacknowledged: _builtins.int
     """Items in the spool that are not acknowledged."""
@@ -566,6 +606,8 @@ class HeartbeatRequest(_message.Message):
     def waits(self) -> _containers.RepeatedCompositeFieldContainer[Global___ActorWait]:
         """The longest first."""
 
+    @_builtins.property
+    def environments(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvironmentUse]: ...
     def __init__(
         self,
         *,
@@ -575,10 +617,11 @@ class HeartbeatRequest(_message.Message):
         stats: Global___EngineStats | None = ...,
         num_unacknowledged: _builtins.int = ...,
         waits: _abc.Iterable[Global___ActorWait] | None = ...,
+        environments: _abc.Iterable[Global___EnvironmentUse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["installed", b"installed", "stats", b"stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["installed", b"installed", "num_unacknowledged", b"num_unacknowledged", "progress", b"progress", "session_id", b"session_id", "stats", b"stats", "waits", b"waits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["environments", b"environments", "installed", b"installed", "num_unacknowledged", b"num_unacknowledged", "progress", b"progress", "session_id", b"session_id", "stats", b"stats", "waits", b"waits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -28,7 +28,7 @@ from penstock.v1 import coordinator_pb2 as penstock_dot_v1_dot_coordinator__pb2
 from penstock.v1 import trajectory_pb2 as penstock_dot_v1_dot_trajectory__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1apenstock/v1/operator.proto\x12\x0bpenstock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dpenstock/v1/coordinator.proto\x1a\x1cpenstock/v1/trajectory.proto\"\x12\n\x10GetStatusRequest\"\xe8\x04\n\x11GetStatusResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.penstock.v1.RunState\x12+\n\x07version\x18\x03 \x01(\x0b\x32\x1a.penstock.v1.PolicyVersion\x12\x11\n\tnum_steps\x18\x04 \x01(\x04\x12\x0f\n\x07max_lag\x18\x05 \x01(\r\x12(\n\x06\x61\x63tors\x18\x06 \x03(\x0b\x32\x18.penstock.v1.ActorStatus\x12)\n\x06ledger\x18\x07 \x01(\x0b\x32\x19.penstock.v1.LedgerStatus\x12<\n\x07metrics\x18\x08 \x03(\x0b\x32+.penstock.v1.GetStatusResponse.MetricsEntry\x12\x13\n\x0bwaiting_for\x18\t \x01(\t\x12)\n\x06uptime\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x19\n\x11tokens_per_second\x18\x0b \x01(\x01\x12\x34\n\x0c\x65nvironments\x18\x0c \x03(\x0b\x32\x1e.penstock.v1.EnvironmentStatus\x12\x17\n\x0fnum_groups_open\x18\r \x01(\r\x12\x18\n\x10num_groups_ready\x18\x0e \x01(\r\x12\x15\n\ractors_wanted\x18\x0f \x01(\r\x12\x17\n\x0fnum_handed_over\x18\x10 \x01(\x04\x12\x15\n\rnum_continued\x18\x11 \x01(\x04\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x83\x02\n\x0b\x41\x63torStatus\x12\x10\n\x08\x61\x63tor_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12-\n\tinstalled\x18\x05 \x01(\x0b\x32\x1a.penstock.v1.PolicyVersion\x12\x12\n\nnum_leases\x18\x06 \x01(\r\x12\x32\n\x0fsince_heartbeat\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x05stats\x18\x08 \x01(\x0b\x32\x18.penstock.v1.EngineStats\x12\r\n\x05state\x18\t \x01(\t\"\xf1\x02\n\x0cLedgerStatus\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x04\x12\x0f\n\x07trained\x18\x02 \x01(\x04\x12\x0f\n\x07pending\x18\x03 \x01(\x04\x12\r\n\x05stale\x18\x04 \x01(\x04\x12\x0f\n\x07surplus\x18\x05 \x01(\x04\x12\x15\n\rgroup_dropped\x18\x06 \x01(\x04\x12\x13\n\x0bquarantined\x18\x07 \x01(\x04\x12\x11\n\timbalance\x18\x08 \x01(\x03\x12\x12\n\nduplicates\x18\t \x01(\x04\x12\x39\n\x08rejected\x18\n \x03(\x0b\x32\'.penstock.v1.LedgerStatus.RejectedEntry\x12\x17\n\x0fmax_lag_trained\x18\x0b \x01(\x04\x12\x1d\n\x15mixed_version_trained\x18\x0c \x01(\x04\x12\x16\n\x0etokens_trained\x18\r \x01(\x04\x1a/\n\rRejectedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x94\x01\n\x11\x45nvironmentStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x18\n\x10num_trajectories\x18\x03 \x01(\x04\x12\x1d\n\x15infrastructure_faults\x18\x04 \x01(\x04\x12\x13\n\x0b\x64\x61ta_faults\x18\x05 \x01(\x04\x12\x12\n\nlast_fault\x18\x06 \x01(\t\"3\n\x12WatchEventsRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\"p\n\x13WatchEventsResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"\x0e\n\x0cPauseRequest\"\x0f\n\rPauseResponse\"\x0f\n\rResumeRequest\"\x10\n\x0eResumeResponse\"\x13\n\x11\x43heckpointRequest\"\x14\n\x12\x43heckpointResponse\"\x0c\n\nWhyRequest\"\x1c\n\x0bWhyResponse\x12\r\n\x05lines\x18\x01 \x03(\t*\x9a\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12RUN_STATE_STARTING\x10\x01\x12\x15\n\x11RUN_STATE_RUNNING\x10\x02\x12\x14\n\x10RUN_STATE_PAUSED\x10\x03\x12\x16\n\x12RUN_STATE_STOPPING\x10\x04\x12\x16\n\x12RUN_STATE_FINISHED\x10\x05\x32\xbd\x03\n\x0fOperatorService\x12J\n\tGetStatus\x12\x1d.penstock.v1.GetStatusRequest\x1a\x1e.penstock.v1.GetStatusResponse\x12R\n\x0bWatchEvents\x12\x1f.penstock.v1.WatchEventsRequest\x1a .penstock.v1.WatchEventsResponse0\x01\x12>\n\x05Pause\x12\x19.penstock.v1.PauseRequest\x1a\x1a.penstock.v1.PauseResponse\x12\x41\n\x06Resume\x12\x1a.penstock.v1.ResumeRequest\x1a\x1b.penstock.v1.ResumeResponse\x12M\n\nCheckpoint\x12\x1e.penstock.v1.CheckpointRequest\x1a\x1f.penstock.v1.CheckpointResponse\x12\x38\n\x03Why\x12\x17.penstock.v1.WhyRequest\x1a\x18.penstock.v1.WhyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1apenstock/v1/operator.proto\x12\x0bpenstock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dpenstock/v1/coordinator.proto\x1a\x1cpenstock/v1/trajectory.proto\"\x12\n\x10GetStatusRequest\"\xe8\x04\n\x11GetStatusResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.penstock.v1.RunState\x12+\n\x07version\x18\x03 \x01(\x0b\x32\x1a.penstock.v1.PolicyVersion\x12\x11\n\tnum_steps\x18\x04 \x01(\x04\x12\x0f\n\x07max_lag\x18\x05 \x01(\r\x12(\n\x06\x61\x63tors\x18\x06 \x03(\x0b\x32\x18.penstock.v1.ActorStatus\x12)\n\x06ledger\x18\x07 \x01(\x0b\x32\x19.penstock.v1.LedgerStatus\x12<\n\x07metrics\x18\x08 \x03(\x0b\x32+.penstock.v1.GetStatusResponse.MetricsEntry\x12\x13\n\x0bwaiting_for\x18\t \x01(\t\x12)\n\x06uptime\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x19\n\x11tokens_per_second\x18\x0b \x01(\x01\x12\x34\n\x0c\x65nvironments\x18\x0c \x03(\x0b\x32\x1e.penstock.v1.EnvironmentStatus\x12\x17\n\x0fnum_groups_open\x18\r \x01(\r\x12\x18\n\x10num_groups_ready\x18\x0e \x01(\r\x12\x15\n\ractors_wanted\x18\x0f \x01(\r\x12\x17\n\x0fnum_handed_over\x18\x10 \x01(\x04\x12\x15\n\rnum_continued\x18\x11 \x01(\x04\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x83\x02\n\x0b\x41\x63torStatus\x12\x10\n\x08\x61\x63tor_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12-\n\tinstalled\x18\x05 \x01(\x0b\x32\x1a.penstock.v1.PolicyVersion\x12\x12\n\nnum_leases\x18\x06 \x01(\r\x12\x32\n\x0fsince_heartbeat\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x05stats\x18\x08 \x01(\x0b\x32\x18.penstock.v1.EngineStats\x12\r\n\x05state\x18\t \x01(\t\"\xf1\x02\n\x0cLedgerStatus\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x04\x12\x0f\n\x07trained\x18\x02 \x01(\x04\x12\x0f\n\x07pending\x18\x03 \x01(\x04\x12\r\n\x05stale\x18\x04 \x01(\x04\x12\x0f\n\x07surplus\x18\x05 \x01(\x04\x12\x15\n\rgroup_dropped\x18\x06 \x01(\x04\x12\x13\n\x0bquarantined\x18\x07 \x01(\x04\x12\x11\n\timbalance\x18\x08 \x01(\x03\x12\x12\n\nduplicates\x18\t \x01(\x04\x12\x39\n\x08rejected\x18\n \x03(\x0b\x32\'.penstock.v1.LedgerStatus.RejectedEntry\x12\x17\n\x0fmax_lag_trained\x18\x0b \x01(\x04\x12\x1d\n\x15mixed_version_trained\x18\x0c \x01(\x04\x12\x16\n\x0etokens_trained\x18\r \x01(\x04\x1a/\n\rRejectedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xcf\x01\n\x11\x45nvironmentStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x18\n\x10num_trajectories\x18\x03 \x01(\x04\x12\x1d\n\x15infrastructure_faults\x18\x04 \x01(\x04\x12\x13\n\x0b\x64\x61ta_faults\x18\x05 \x01(\x04\x12\x12\n\nlast_fault\x18\x06 \x01(\t\x12\x0f\n\x07\x62reaker\x18\x07 \x01(\t\x12\x10\n\x08left_out\x18\x08 \x01(\t\x12\x16\n\x0enum_groups_cut\x18\t \x01(\x04\"3\n\x12WatchEventsRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\"p\n\x13WatchEventsResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"\x0e\n\x0cPauseRequest\"\x0f\n\rPauseResponse\"\x0f\n\rResumeRequest\"\x10\n\x0eResumeResponse\"\x13\n\x11\x43heckpointRequest\"\x14\n\x12\x43heckpointResponse\"\x0c\n\nWhyRequest\"\x1c\n\x0bWhyResponse\x12\r\n\x05lines\x18\x01 \x03(\t*\x9a\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12RUN_STATE_STARTING\x10\x01\x12\x15\n\x11RUN_STATE_RUNNING\x10\x02\x12\x14\n\x10RUN_STATE_PAUSED\x10\x03\x12\x16\n\x12RUN_STATE_STOPPING\x10\x04\x12\x16\n\x12RUN_STATE_FINISHED\x10\x05\x32\xbd\x03\n\x0fOperatorService\x12J\n\tGetStatus\x12\x1d.penstock.v1.GetStatusRequest\x1a\x1e.penstock.v1.GetStatusResponse\x12R\n\x0bWatchEvents\x12\x1f.penstock.v1.WatchEventsRequest\x1a .penstock.v1.WatchEventsResponse0\x01\x12>\n\x05Pause\x12\x19.penstock.v1.PauseRequest\x1a\x1a.penstock.v1.PauseResponse\x12\x41\n\x06Resume\x12\x1a.penstock.v1.ResumeRequest\x1a\x1b.penstock.v1.ResumeResponse\x12M\n\nCheckpoint\x12\x1e.penstock.v1.CheckpointRequest\x1a\x1f.penstock.v1.CheckpointResponse\x12\x38\n\x03Why\x12\x17.penstock.v1.WhyRequest\x1a\x18.penstock.v1.WhyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,8 +39,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATUSRESPONSE_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_LEDGERSTATUS_REJECTEDENTRY']._loaded_options = None
   _globals['_LEDGERSTATUS_REJECTEDENTRY']._serialized_options = b'8\001'
-  _globals['_RUNSTATE']._serialized_start=1916
-  _globals['_RUNSTATE']._serialized_end=2070
+  _globals['_RUNSTATE']._serialized_start=1975
+  _globals['_RUNSTATE']._serialized_end=2129
   _globals['_GETSTATUSREQUEST']._serialized_start=169
   _globals['_GETSTATUSREQUEST']._serialized_end=187
   _globals['_GETSTATUSRESPONSE']._serialized_start=190
@@ -54,27 +54,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LEDGERSTATUS_REJECTEDENTRY']._serialized_start=1393
   _globals['_LEDGERSTATUS_REJECTEDENTRY']._serialized_end=1440
   _globals['_ENVIRONMENTSTATUS']._serialized_start=1443
-  _globals['_ENVIRONMENTSTATUS']._serialized_end=1591
-  _globals['_WATCHEVENTSREQUEST']._serialized_start=1593
-  _globals['_WATCHEVENTSREQUEST']._serialized_end=1644
-  _globals['_WATCHEVENTSRESPONSE']._serialized_start=1646
-  _globals['_WATCHEVENTSRESPONSE']._serialized_end=1758
-  _globals['_PAUSEREQUEST']._serialized_start=1760
-  _globals['_PAUSEREQUEST']._serialized_end=1774
-  _globals['_PAUSERESPONSE']._serialized_start=1776
-  _globals['_PAUSERESPONSE']._serialized_end=1791
-  _globals['_RESUMEREQUEST']._serialized_start=1793
-  _globals['_RESUMEREQUEST']._serialized_end=1808
-  _globals['_RESUMERESPONSE']._serialized_start=1810
-  _globals['_RESUMERESPONSE']._serialized_end=1826
-  _globals['_CHECKPOINTREQUEST']._serialized_start=1828
-  _globals['_CHECKPOINTREQUEST']._serialized_end=1847
-  _globals['_CHECKPOINTRESPONSE']._serialized_start=1849
-  _globals['_CHECKPOINTRESPONSE']._serialized_end=1869
-  _globals['_WHYREQUEST']._serialized_start=1871
-  _globals['_WHYREQUEST']._serialized_end=1883
-  _globals['_WHYRESPONSE']._serialized_start=1885
-  _globals['_WHYRESPONSE']._serialized_end=1913
-  _globals['_OPERATORSERVICE']._serialized_start=2073
-  _globals['_OPERATORSERVICE']._serialized_end=2518
+  _globals['_ENVIRONMENTSTATUS']._serialized_end=1650
+  _globals['_WATCHEVENTSREQUEST']._serialized_start=1652
+  _globals['_WATCHEVENTSREQUEST']._serialized_end=1703
+  _globals['_WATCHEVENTSRESPONSE']._serialized_start=1705
+  _globals['_WATCHEVENTSRESPONSE']._serialized_end=1817
+  _globals['_PAUSEREQUEST']._serialized_start=1819
+  _globals['_PAUSEREQUEST']._serialized_end=1833
+  _globals['_PAUSERESPONSE']._serialized_start=1835
+  _globals['_PAUSERESPONSE']._serialized_end=1850
+  _globals['_RESUMEREQUEST']._serialized_start=1852
+  _globals['_RESUMEREQUEST']._serialized_end=1867
+  _globals['_RESUMERESPONSE']._serialized_start=1869
+  _globals['_RESUMERESPONSE']._serialized_end=1885
+  _globals['_CHECKPOINTREQUEST']._serialized_start=1887
+  _globals['_CHECKPOINTREQUEST']._serialized_end=1906
+  _globals['_CHECKPOINTRESPONSE']._serialized_start=1908
+  _globals['_CHECKPOINTRESPONSE']._serialized_end=1928
+  _globals['_WHYREQUEST']._serialized_start=1930
+  _globals['_WHYREQUEST']._serialized_end=1942
+  _globals['_WHYRESPONSE']._serialized_start=1944
+  _globals['_WHYRESPONSE']._serialized_end=1972
+  _globals['_OPERATORSERVICE']._serialized_start=2132
+  _globals['_OPERATORSERVICE']._serialized_end=2577
 # @@protoc_insertion_point(module_scope)

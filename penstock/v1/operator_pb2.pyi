@@ -306,12 +306,23 @@ class EnvironmentStatus(_message.Message):
     INFRASTRUCTURE_FAULTS_FIELD_NUMBER: _builtins.int
     DATA_FAULTS_FIELD_NUMBER: _builtins.int
     LAST_FAULT_FIELD_NUMBER: _builtins.int
+    BREAKER_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_FIELD_NUMBER: _builtins.int
+    NUM_GROUPS_CUT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     address: _builtins.str
     num_trajectories: _builtins.int
     infrastructure_faults: _builtins.int
     data_faults: _builtins.int
     last_fault: _builtins.str
+    breaker: _builtins.str
+    """"closed": leased like the others. "open": left out, so that the others go on. "probing": a few
+    rollouts try it.
+    """
+    left_out: _builtins.str
+    """Why it is left out; empty while it is closed."""
+    num_groups_cut: _builtins.int
+    """Its groups that were dropped, or trained without what they missed, because it was left out."""
     def __init__(
         self,
         *,
@@ -321,10 +332,13 @@ class EnvironmentStatus(_message.Message):
         infrastructure_faults: _builtins.int = ...,
         data_faults: _builtins.int = ...,
         last_fault: _builtins.str = ...,
+        breaker: _builtins.str = ...,
+        left_out: _builtins.str = ...,
+        num_groups_cut: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "data_faults", b"data_faults", "infrastructure_faults", b"infrastructure_faults", "last_fault", b"last_fault", "name", b"name", "num_trajectories", b"num_trajectories"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "breaker", b"breaker", "data_faults", b"data_faults", "infrastructure_faults", b"infrastructure_faults", "last_fault", b"last_fault", "left_out", b"left_out", "name", b"name", "num_groups_cut", b"num_groups_cut", "num_trajectories", b"num_trajectories"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
-from learner.config import FleetConfig, ScheduleConfig
+from learner.config import BreakerConfig, FleetConfig, ScheduleConfig
 from learner.coordinator import submissions
 from learner.coordinator.decisions import History
 from learner.coordinator.fleet import ActorInfo
@@ -49,6 +50,8 @@ def make_scheduler(
     *,
     history: History | None = None,
     fleet: FleetConfig | None = None,
+    breaker: BreakerConfig | None = None,
+    environments: Sequence[str] = (ENVIRONMENT,),
     sieve: Sieve | None = None,
     **schedule: int,
 ) -> Scheduler:
@@ -56,8 +59,9 @@ def make_scheduler(
     return Scheduler(
         schedule=ScheduleConfig(**(defaults | schedule)),
         fleet=fleet or FleetConfig(),
+        breaker=breaker or BreakerConfig(),
         sampling=Sampling(max_tokens=16),
-        tasks=TaskOrder([TaskSource(environment=ENVIRONMENT, num_tasks=10)], seed=0),
+        tasks=TaskOrder([TaskSource(environment=name, num_tasks=10) for name in environments], seed=0),
         limits=LIMITS,
         sieve=sieve,
         history=history or NoHistory(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from learner.coordinator.decisions import Waiting
 from learner.coordinator.explain import TrainerWait, why
 from learner.coordinator.fleet import ReportedStats
+from learner.coordinator.leases import RolloutReport
 from learner.coordinator.vigil import Vigil
 from penstock.waits import WaitSummary
 
@@ -30,7 +31,7 @@ def test_the_chain_goes_from_the_learner_to_the_environment():
         session,
         installed=version,
         stats=ReportedStats(),
-        progress=[(lease.lease_id, 0, 0) for lease in leases],
+        progress=[RolloutReport(lease.lease_id, 0, 0) for lease in leases],
         now=41.0,
         waits=[STEP],
     )

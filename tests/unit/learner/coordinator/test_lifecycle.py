@@ -20,6 +20,7 @@ from learner.coordinator.audit import audit
 from learner.coordinator.decisions import Batch
 from learner.coordinator.fleet import ReportedStats
 from learner.coordinator.groups import LeaseOutcome
+from learner.coordinator.leases import RolloutReport
 from learner.coordinator.ledger import Ledger
 from learner.coordinator.records import GroupDropped, TrajectoryState
 from learner.coordinator.scheduler import Scheduler
@@ -210,7 +211,7 @@ class Lifecycle(RuleBasedStateMachine):
     def actors_beat(self) -> None:
         version = self.scheduler.version
         for name, submitter in list(self.submitters.items()):
-            held = [(lease.lease_id, 0, 0) for owner, lease, _ in self.leases if owner == name]
+            held = [RolloutReport(lease.lease_id, 0, 0) for owner, lease, _ in self.leases if owner == name]
             try:
                 self.scheduler.heartbeat(
                     submitter.session_id,
@@ -230,7 +231,7 @@ class Lifecycle(RuleBasedStateMachine):
         if not isinstance(batch, Batch):
             return
         for group in batch.groups:
-            assert group.task.index == self.scheduler._tasks.task(group.group_id).index
+            assert group.task.index == self.scheduler.grants.tasks.task(group.group_id).index
             for member in group.members:
                 assert version.step - member.oldest_step <= MAX_LAG
         ids = tuple(member.trajectory_id for group in batch.groups for member in group.members)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from learner.config import FleetConfig
+from learner.coordinator.grants import continuation
 from learner.coordinator.groups import LeaseOutcome
 from learner.coordinator.ledger import Ledger
 from learner.coordinator.partials import MAX_BYTES_A_GRANT, SentPartial
@@ -50,7 +51,7 @@ def test_the_next_lease_of_the_slot_goes_on_from_it_and_only_once():
     again, other = acquire(scheduler, successor.session_id, version, num=2)
     assert (again.slot, again.continues) == (lease.slot, True)
     assert not other.continues
-    assert scheduler.num_continued == 1
+    assert scheduler.grants.num_continued == 1
     successor.release(again, LeaseOutcome.INFRASTRUCTURE)
     assert not acquire(scheduler, successor.session_id, version, num=1)[0].continues, (
         "it may have been the cause of the fault"
@@ -148,7 +149,7 @@ def test_one_answer_brings_only_so_many_bytes(monkeypatch: pytest.MonkeyPatch):
         leaving.release(lease, LeaseOutcome.DRAINED, partial=make_partial(lease, version))
     size = len(make_partial(lease, version).payload)
     assert size < MAX_BYTES_A_GRANT
-    monkeypatch.setattr("learner.coordinator.scheduler.MAX_BYTES_A_GRANT", 3 * size + 1)
+    monkeypatch.setattr("learner.coordinator.grants.MAX_BYTES_A_GRANT", 3 * size + 1)
     assert len(acquire(scheduler, join(scheduler, "successor"), version, num=8)) == 3
 
 
@@ -158,4 +159,4 @@ def test_a_rival_begins_anew():
     lease, version = hand_over(scheduler)
     slot = scheduler.groups[lease.group_id].slots[lease.slot]
     slot.lease_ids.append("another")
-    assert scheduler._handed_over(slot, version) is None
+    assert continuation(slot, version) is None

@@ -3,6 +3,7 @@ import pytest
 from learner.config import FleetConfig
 from learner.coordinator.decisions import Batch, Waiting
 from learner.coordinator.groups import LeaseOutcome
+from learner.coordinator.leases import RolloutReport
 from learner.coordinator.records import BatchTrained, GroupDropped, LeaseEnded, TrajectoryState
 from learner.coordinator.validation import RejectionCode
 from penstock.errors import PeerLost, ProtocolError, SequenceGap, SessionFenced
@@ -201,7 +202,7 @@ def test_progress_extends_a_lease_and_a_heartbeat_alone_does_not():
     session = join(scheduler)
     moving, stuck = acquire(scheduler, session, version, num=2)
     for now in range(1, 9):
-        progress = [(moving.lease_id, now, 0), (stuck.lease_id, 0, 0)]
+        progress = [RolloutReport(moving.lease_id, now, 0), RolloutReport(stuck.lease_id, 0, 0)]
         scheduler.heartbeat(session, installed=version, stats=_stats(), progress=progress, now=float(now))
         scheduler.tick(float(now))
     assert scheduler.leases.get(moving.lease_id) is not None

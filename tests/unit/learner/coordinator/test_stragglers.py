@@ -7,6 +7,7 @@ import pytest
 from learner.config import FleetConfig
 from learner.coordinator.decisions import Batch, Waiting
 from learner.coordinator.groups import Group
+from learner.coordinator.leases import RolloutReport
 from learner.coordinator.records import EventLogged, GroupDropped, TrajectoryState
 from learner.coordinator.scheduler import Scheduler
 from learner.coordinator.stragglers import Pace
@@ -19,7 +20,7 @@ def pass_time(scheduler: Scheduler, seconds: range, tokens: dict[str, dict[Lease
     """Ticks once a second; every session reports its leases, with tokens written at the rate given."""
     for now in seconds:
         for session_id, rates in tokens.items():
-            progress = [(lease.lease_id, int(rate * now), 0) for lease, rate in rates.items()]
+            progress = [RolloutReport(lease.lease_id, int(rate * now), 0) for lease, rate in rates.items()]
             version = scheduler.version
             scheduler.heartbeat(
                 session_id, installed=version, stats=_stats(), progress=progress, now=float(now)
