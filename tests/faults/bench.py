@@ -30,7 +30,7 @@ import grpc
 
 from environments.base import Description
 from environments.wire import description_to_wire
-from learner.config import DiskConfig, FleetConfig, LedgerConfig, RunConfig, ScheduleConfig
+from learner.config import BreakerConfig, DiskConfig, FleetConfig, LedgerConfig, RunConfig, ScheduleConfig
 from learner.coordinator.audit import audit
 from learner.coordinator.core import NO_LIMITS
 from penstock import config, parent, rpc
@@ -148,15 +148,22 @@ class Bench:
         group_size: int = 4,
         max_lag: int = 2,
         fleet: FleetConfig = QUICK_FLEET,
+        breaker: BreakerConfig | None = None,
+        environments: Sequence[str] = (),
+        max_tokens: int = 100_000,
         keep_payloads: bool = False,
         disk: DiskConfig = NO_LIMITS,
     ) -> None:
+        """environments: addresses of real servers, for actors that ask them; by default one that is only described."""
         self.folder = folder
         self.run_dir = folder / "run"
         self.schedule = ScheduleConfig(
             num_steps=num_steps, groups_per_step=groups_per_step, group_size=group_size, max_lag=max_lag
         )
         self.fleet = fleet
+        self.breaker = breaker or BreakerConfig()
+        self.environments = tuple(environments)
+        self.max_tokens = max_tokens
         self.keep_payloads = keep_payloads
         self.disk = disk
         self.address = ""
@@ -198,12 +205,13 @@ class Bench:
         port = self.address.rpartition(":")[2] or "0"
         settings = RunConfig(
             policy=self.folder / "policy",
-            environments=(self._endpoint,),
+            environments=self.environments or (self._endpoint,),
             run_dir=self.run_dir,
             bind=f"127.0.0.1:{port}",
             schedule=self.schedule,
-            sampling=Sampling(max_tokens=100_000),
+            sampling=Sampling(max_tokens=self.max_tokens),
             fleet=self.fleet,
+            breaker=self.breaker,
             ledger=LedgerConfig(keep_payloads=self.keep_payloads, disk=self.disk),
         )
         path = self.run_dir / "config.toml"
@@ -220,7 +228,13 @@ class Bench:
         return self.trainer
 
     def actor(
-        self, name: str, *, script: Script | None = None, num_slots: int = 8, address: str = ""
+        self,
+        name: str,
+        *,
+        script: Script | None = None,
+        num_slots: int = 8,
+        address: str = "",
+        asks: bool = False,
     ) -> ScriptedActor:
         """An actor in this process."""
         made = ScriptedActor(
@@ -229,6 +243,7 @@ class Bench:
             self.history(name),
             script=script or Script(),
             num_slots=num_slots,
+            asks=asks,
         )
         self.actors[name] = made
         self.tasks[name] = asyncio.create_task(made.run(), name=name)

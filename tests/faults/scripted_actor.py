@@ -1,11 +1,12 @@
-"""The real actor around a scripted engine: what it generates is a function of its lease.
+"""The real actor around a scripted engine: what it generates is a function of its lease, or is of a set length.
 
     python -m tests.faults.scripted_actor ADDRESS --name NAME --history FILE
 
 Sessions, leases, heartbeats, weight fetches, the spool and draining are the code that
 `penstock actor` runs. Only the tokens are scripted: a rollout takes as many ticks as
 `Script` says, counts a token a tick, and stamps each with the version then installed.
-No torch, so that hundreds fit into one process.
+No torch, so that hundreds fit into one process. With `asks=True` the rollouts are real
+too: turns of `max_tokens` tokens, played against the run's environment servers.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import uvloop
 
-from actors.engines.base import EngineStats, InstallReport
+from actors.engines.base import EngineStats, GenerationChunk, GenerationRequest, InstallReport, StopReason
 from actors.install import Installer
-from actors.rollout import Progress
+from actors.render import Renderer
+from actors.rollout import Player, Progress
 from actors.service import Actor
 from actors.session import Identity, Session
 from actors.uplink import Uplink
+from environments.client import EnvironmentClient
 from penstock import PROTOCOL
 from penstock.errors import EnvironmentFault
 from penstock.history import History
@@ -35,6 +39,8 @@ from penstock.rpc import to_seconds
 from penstock.signals import Stop
 from penstock.tasks import task_group
 from penstock.trajectory import FinishReason, Lease, PolicyVersion, Reward, Task, Trajectory, run_length
+from penstock.v1.coordinator_pb2 import JoinResponse
+from penstock.waits import Waits
 from penstock.weights.fetch import WeightFetcher
 from penstock.weights.staged import StagedWeights
 
@@ -106,8 +112,19 @@ class ScriptedEngine:
 
     async def start(self) -> None: ...
 
-    def generate(self, request: object) -> AsyncIterator[object]:  # pragma: no cover
-        raise NotImplementedError("the scripted player makes the tokens")
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
+        """As many tokens as the request allows, one a tick."""
+        last = request.sampling.max_tokens - 1
+        for number in range(last + 1):
+            await asyncio.sleep(self._script.token_seconds)
+            assert self.installed is not None
+            self.num_tokens += 1
+            yield GenerationChunk(
+                token_ids=(1 + (len(request.prompt_ids) + number) % 7,),
+                logprobs=(-1.5,),
+                version=self.installed,
+                stop_reason=StopReason.LENGTH if number == last else None,
+            )
 
     async def install(self, staged: StagedWeights) -> InstallReport:
         await asyncio.sleep(self._script.install_seconds)
@@ -162,6 +179,20 @@ class ScriptedPlayer:
         return trajectory_of(lease, versions, author=self._author, copies=self._script.token_bytes)
 
 
+class Alphabet:
+    """A tokeniser of a handful of letters."""
+
+    chat_template = None
+    eos_token_id = 0
+    eos_token = ""
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [1 + ord(character) % 7 for character in text]}
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        return "".join(chr(ord("a") + token_id) for token_id in token_ids)
+
+
 class AnyEnvironment(dict[str, ScriptedPlayer]):
     """One player for whatever environment a lease names."""
 
@@ -176,7 +207,16 @@ class AnyEnvironment(dict[str, ScriptedPlayer]):
 class ScriptedActor:
     """One actor in this process. Run `run`; cancelling it is as sudden as SIGKILL to the learner."""
 
-    def __init__(self, address: str, name: str, history: Path, *, script: Script, num_slots: int = 8) -> None:
+    def __init__(
+        self,
+        address: str,
+        name: str,
+        history: Path,
+        *,
+        script: Script,
+        num_slots: int = 8,
+        asks: bool = False,
+    ) -> None:
         self.name = name
         self.engine = ScriptedEngine(script)
         self.engine.num_slots = num_slots
@@ -186,6 +226,7 @@ class ScriptedActor:
         self._address = address
         self._history = history
         self._num_slots = num_slots
+        self._asks = asks
 
     async def run(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
@@ -215,17 +256,38 @@ class ScriptedActor:
         welcome = await session.join(connect_seconds=60.0)
         fetcher = WeightFetcher()
         stack.callback(fetcher.close)
+        waits = Waits()
+        players: Any = AnyEnvironment(self.player)
+        if self._asks:
+            players = await self._players(welcome, waits, stack)
         self.actor = Actor(
             session=session,
             engine=self.engine,
             installer=Installer(self.engine, fetcher),
             uplink=Uplink(session, welcome.credits, max_bytes=64 * 1024 * 1024, history=history),
-            players=AnyEnvironment(self.player),  # type: ignore[arg-type]
+            players=players,
             run_id=welcome.run_id,
             heartbeat_seconds=to_seconds(welcome.heartbeat_interval),
             stop=self.stop,
+            waits=waits,
         )
         return self.actor
+
+    async def _players(
+        self, welcome: JoinResponse, waits: Waits, stack: contextlib.AsyncExitStack
+    ) -> dict[str, Player]:
+        """Those that `penstock actor` has, around this engine and its letters."""
+        renderer = Renderer(Alphabet())  # type: ignore[arg-type]
+        players = {}
+        for endpoint in welcome.environments:
+            client = EnvironmentClient(
+                endpoint.address,
+                reset_timeout_seconds=to_seconds(welcome.reset_timeout),
+                step_timeout_seconds=to_seconds(welcome.step_timeout),
+            )
+            await stack.enter_async_context(client)
+            players[endpoint.name] = Player(self.engine, renderer, client, waits=waits)
+        return players
 
 
 async def _run(arguments: argparse.Namespace) -> None:
@@ -234,7 +296,9 @@ async def _run(arguments: argparse.Namespace) -> None:
         token_seconds=arguments.token_seconds,
         hoard_bytes=arguments.hoard_bytes,
     )
-    actor = ScriptedActor(arguments.address, arguments.name, arguments.history, script=script)
+    actor = ScriptedActor(
+        arguments.address, arguments.name, arguments.history, script=script, asks=arguments.asks
+    )
     actor.stop.on_signals()
     async with task_group() as tasks:
         tasks.create_task(actor.run(), name=arguments.name)
@@ -248,6 +312,7 @@ def main() -> None:
     parser.add_argument("--num-tokens", type=int, default=4)
     parser.add_argument("--token-seconds", type=float, default=0.002)
     parser.add_argument("--hoard-bytes", type=int, default=0)
+    parser.add_argument("--asks", action="store_true")
     uvloop.run(_run(parser.parse_args()))
 
 

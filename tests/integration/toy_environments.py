@@ -49,6 +49,31 @@ class Faulty(Letters):
         return StepResult(done=True)  # no reward at all
 
 
+class Turncoat(Letters):
+    """Behaves until a file exists, which says how not to: hang, slow, die, garbage or nan."""
+
+    SECONDS = 0.05
+
+    def __init__(self, order: str) -> None:
+        super().__init__(name="turncoat")
+        self._order = Path(order)
+
+    def score(self, task: Task, action: str) -> StepResult:
+        time.sleep(self.SECONDS)
+        match self._order.read_text() if self._order.exists() else "":
+            case "hang":
+                time.sleep(3600)
+            case "slow":
+                time.sleep(29 * self.SECONDS)
+            case "die":
+                os._exit(3)
+            case "garbage":
+                return "1.0"  # type: ignore[return-value]
+            case "nan":
+                return StepResult(done=True, reward=Reward.valid(float("nan")))
+        return super().score(task, action)
+
+
 class Gated(Letters):
     """Gives no score until a file exists."""
 
