@@ -123,7 +123,13 @@ class Checkpoints:
         pending, self._pending = self._pending, None
         ranks, step = self._updater.ranks, pending.step
         final, aside = self._folder / f"{_PREFIX}{step:08d}", self._aside(step)
-        digests = ranks.gather(torch.frombuffer(bytearray(pending.result()), dtype=torch.uint8))
+        try:
+            written = pending.result()
+        except PenstockError:
+            # A full disk needs the room.
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        digests = ranks.gather(torch.frombuffer(bytearray(written), dtype=torch.uint8))
         manifest = _manifest_bytes(self._updater, step, [bytes(digest.tolist()).hex() for digest in digests])
         digest = blake3(manifest).hexdigest()
         if ranks.is_first:
@@ -137,10 +143,14 @@ class Checkpoints:
     def resume(self) -> int:
         """Loads the newest sound checkpoint; returns its step, or 0 if there is none at all.
 
-        A damaged one is set aside under another name, loudly, and the one before is taken.
+        A damaged one is set aside under another name, loudly, and the one before is taken. What a
+        trainer that died had written of another is deleted.
         """
         ranks = self._updater.ranks
         found = newest(self._folder, set_aside=True) if ranks.is_first else None
+        if ranks.is_first:
+            for half in self._folder.glob(f".{_PREFIX}*.writing"):
+                shutil.rmtree(half, ignore_errors=True)
         step = int(ranks.maximum(torch.tensor([found.step if found else 0])))
         if step:
             _load(self._folder / f"{_PREFIX}{step:08d}", self._updater)

@@ -33,6 +33,7 @@ from environments.wire import description_to_wire
 from learner.config import BreakerConfig, DiskConfig, FleetConfig, LedgerConfig, RunConfig, ScheduleConfig
 from learner.coordinator.audit import audit
 from learner.coordinator.core import NO_LIMITS
+from learner.training.config import TrainingConfig
 from penstock import config, parent, rpc
 from penstock.chaos.checker import Findings, check
 from penstock.chaos.evidence import gather
@@ -153,6 +154,7 @@ class Bench:
         max_tokens: int = 100_000,
         keep_payloads: bool = False,
         disk: DiskConfig = NO_LIMITS,
+        training: TrainingConfig = TrainingConfig(),  # noqa: B008
     ) -> None:
         """environments: addresses of real servers, for actors that ask them; by default one that is only described."""
         self.folder = folder
@@ -166,6 +168,7 @@ class Bench:
         self.max_tokens = max_tokens
         self.keep_payloads = keep_payloads
         self.disk = disk
+        self.training = training
         self.address = ""
         self.coordinator: Process | None = None
         self.trainer: Process | None = None
@@ -213,18 +216,19 @@ class Bench:
             fleet=self.fleet,
             breaker=self.breaker,
             ledger=LedgerConfig(keep_payloads=self.keep_payloads, disk=self.disk),
+            training=self.training,
         )
         path = self.run_dir / "config.toml"
         path.write_text(config.to_toml(settings))
         command = [*within, sys.executable, "-m", "learner.coordinator", str(path)]
-        self.coordinator = self._process("coordinator", command, **environ)
+        self.coordinator = self.process("coordinator", command, **environ)
         self.address = await self.coordinator.line("coordinator ready on ")
         return self.coordinator
 
     def start_trainer(self, *, step_seconds: float = 0.0) -> Process:
         module = [sys.executable, "-m", "tests.faults.scripted_trainer", self.address, str(self.folder)]
         options = ["--num-steps", str(self.schedule.num_steps), "--step-seconds", str(step_seconds)]
-        self.trainer = self._process("trainer", [*module, *options])
+        self.trainer = self.process("trainer", [*module, *options])
         return self.trainer
 
     def actor(
@@ -252,7 +256,7 @@ class Bench:
     def actor_process(self, name: str, *options: str, within: Sequence[str] = (), **environ: str) -> Process:
         command = [*within, sys.executable, "-m", "tests.faults.scripted_actor", self.address]
         arguments = ["--name", name, "--history", str(self.history(name)), *options]
-        return self._process(name, [*command, *arguments], **environ)
+        return self.process(name, [*command, *arguments], **environ)
 
     def history(self, name: str) -> Path:
         return self.folder / "histories" / f"{name}.jsonl"
@@ -266,7 +270,7 @@ class Bench:
             with contextlib.suppress(asyncio.CancelledError, PenstockError):
                 await task
 
-    def _process(self, name: str, command: Sequence[str], **environ: str) -> Process:
+    def process(self, name: str, command: Sequence[str], **environ: str) -> Process:
         process = Process(name, command, self.folder, **environ)
         self.processes.append(process)
         return process

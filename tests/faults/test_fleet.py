@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import signal
+import time
 from pathlib import Path
+from statistics import median
 
 import pytest
 
-from .bench import QUICK_FLEET, Bench, until
+from learner.config import FleetConfig
+
+from .bench import QUICK_FLEET, Bench, FaultLength, Process, until
 from .scripted_actor import Script, ScriptedActor, fixed
+
+_log = logging.getLogger(__name__)
 
 SLOW = Script(num_tokens=fixed(20), token_seconds=0.05)
 """A second of work, so that there is time to die in the midst of it."""
@@ -178,17 +185,65 @@ async def test_actors_come_and_go_from_none_to_many_and_back(tmp_path: Path):
     assert findings.trained == 30 * 4 * 4
 
 
-@pytest.mark.parametrize("grace_seconds", [pytest.param(30, marks=pytest.mark.slow), 15])
-async def test_sigterm_hands_leases_back_at_once(tmp_path: Path, grace_seconds: int):
+@pytest.mark.timeout(1200)
+async def test_sigterm_hands_leases_back_at_once_however_often(tmp_path: Path, fault_length: FaultLength):
+    """Spot actors that come three at a time, and are told to go in mid-rollout."""
+    num_rounds = fault_length.of(short=1, long=34)
+    seconds: list[float] = []
     async with Bench(tmp_path, num_steps=6) as bench:
         await bench.start()
-        spot = bench.actor_process("spot", "--num-tokens", "1000", "--token-seconds", "0.1")
-        await holding_leases(bench, "spot")
-        spot.send(signal.SIGTERM)
-        async with asyncio.timeout(grace_seconds):
-            assert await spot.end() == 0
+        for number in range(num_rounds):
+            spots = {name: spot_actor(bench, name) for name in (f"spot-{number}-{n}" for n in range(3))}
+            for name in spots:
+                await holding_leases(bench, name)
+            told = time.monotonic()
+            for spot in spots.values():
+                spot.send(signal.SIGTERM)
+            for spot in spots.values():
+                async with asyncio.timeout(30):
+                    assert await spot.end() == 0
+                seconds.append(time.monotonic() - told)
         outcomes = {outcome for (outcome,) in bench.rows("SELECT outcome FROM leases")}
         assert outcomes == {"drained"}, "none waited for a deadline"
         bench.actor("heir")
         await bench.trained()
         bench.check()
+    _log.info("%d drains: median %.2f s, longest %.2f s", len(seconds), median(seconds), max(seconds))
+    if fault_length is FaultLength.LONG:
+        assert max(seconds) <= 10.0
+
+
+def spot_actor(bench: Bench, name: str) -> Process:
+    return bench.actor_process(name, "--num-tokens", "1000", "--token-seconds", "0.1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
+async def test_at_the_usual_settings_a_minute_without_actors_costs_a_minute(tmp_path: Path, how: str):
+    """All are gone for a minute. Killed, then one comes: it works within 15 s. Stopped, then continued: fenced."""
+    async with Bench(tmp_path, num_steps=20, fleet=FleetConfig()) as bench:
+        await bench.start(step_seconds=0.5)
+        options = ("--num-tokens", "20", "--token-seconds", "0.02")
+        first = [bench.actor_process(f"first-{n}", *options) for n in range(2)]
+        await bench.reached(3)
+        for actor in first:
+            actor.send(signal.Signals[how])
+        await bench.when(lambda status: not status.actors, "nobody to be left")
+        assert (await bench.status()).waiting_for
+        reached = (await bench.status()).version.step
+        await asyncio.sleep(60.0)
+        for actor in first if how == "SIGSTOP" else ():
+            actor.send(signal.SIGCONT)
+        if how == "SIGKILL":
+            bench.actor("second")
+        came = time.monotonic()
+        await bench.reached(reached + 1)
+        seconds = time.monotonic() - came
+        _log.info("a version %.1f s after an actor was there again", seconds)
+        assert seconds <= 15.0
+        await bench.trained()
+        for actor in first:
+            assert await actor.end() == (0 if how == "SIGSTOP" else -signal.SIGKILL)
+        bench.check()
+        sessions = bench.rows("SELECT closed FROM sessions WHERE actor_id LIKE 'first-%'")
+        assert len(sessions) == (4 if how == "SIGSTOP" else 2), "those that were stopped joined again"
