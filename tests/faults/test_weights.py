@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Generator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -147,7 +147,13 @@ class Line:
     def __init__(self) -> None:
         self._inner = ZeromqReceiver(resend_seconds=0.2, progress_seconds=1.0)
         self._faults: dict[int, str] = {}
+        self._kill: Callable[[], None] | None = None
         self.happened = threading.Event()
+
+    def kill_at(self, number: int, kill: Callable[[], None]) -> None:
+        """Kills the other end as soon as a chunk is here: those behind it are asked for, and may never come."""
+        self.break_at(number, "killed")
+        self._kill = kill
 
     def break_at(self, number: int, fault: str) -> None:
         self._faults[number] = fault
@@ -160,6 +166,9 @@ class Line:
         with contextlib.closing(self._inner.chunks(blob, medium, indices, patience)) as chunks:
             for number, (index, data) in enumerate(chunks):
                 fault = self._faults.pop(number, "")
+                if fault == "killed":
+                    assert self._kill is not None
+                    self._kill()
                 if fault:
                     self.happened.set()
                 match fault:
@@ -238,18 +247,37 @@ async def test_a_faulty_line_delays_a_version_and_never_spoils_one(
     actor.assert_only_published()
 
 
-async def test_a_learner_that_is_killed_in_the_middle_of_a_transfer(learner: Learner, actor: Actor) -> None:
-    await actor.current(learner.publish(0))
-    first = learner.publish(1)
-    learner.kill()
-    actor.installer.announce(first)
+@pytest.mark.parametrize("has_a_base", [False, True])
+async def test_a_learner_that_is_killed_in_the_middle_of_a_transfer(
+    learner: Learner, actor: Actor, has_a_base: bool
+) -> None:
+    if has_a_base:
+        await actor.current(learner.publish(0))
+    # A delta has one chunk. Without one the first of the version's chunks are here, and the rest never comes.
+    actor.line.kill_at(0, learner.kill)
+    actor.installer.announce(learner.publish(1))
+    assert await asyncio.to_thread(actor.line.happened.wait, SECONDS)
     learner.start()
     # What the new learner publishes has no delta from what is held: another trainer's, another epoch's.
     await actor.current(learner.publish(2))
     await actor.current(learner.publish(3))
     actor.assert_only_published()
+    generated_under = [version for version, _ in actor.engine.generated_under]
+    assert generated_under[-2:] == [PolicyVersion(2, 2), PolicyVersion(2, 3)]
+
+
+async def test_a_learner_that_is_killed_between_its_announcement_and_the_transfer(
+    learner: Learner, actor: Actor
+) -> None:
+    await actor.current(learner.publish(0))
+    lost = learner.publish(1)
+    learner.kill()
+    actor.installer.announce(lost)
+    learner.start()
+    await actor.current(learner.publish(2))
+    actor.assert_only_published()
     assert [version for version, _ in actor.engine.generated_under] == [
-        PolicyVersion(1, 0), PolicyVersion(2, 2), PolicyVersion(2, 3)
+        PolicyVersion(1, 0), PolicyVersion(2, 2)
     ]  # fmt: skip
 
 
@@ -328,21 +356,29 @@ async def test_an_actor_that_is_killed_in_the_middle_of_a_fetch_leaves_the_other
     actor.assert_only_published()
 
 
-async def test_a_full_dev_shm_moves_segments_elsewhere(
+SMALL_DEV_SHM = """
+import os, tempfile
+tempfile.tempdir = {room!r}
+reserve = os.posix_fallocate
+
+def reserve_little(file, offset, length):
+    if os.readlink(f"/proc/self/fd/{{file}}").startswith("/dev/shm/"):
+        raise OSError(28, "No space left on device")
+    reserve(file, offset, length)
+
+os.posix_fallocate = reserve_little
+"""
+
+
+def count_files(folder: Path) -> int:
+    return len(list(folder.iterdir()))
+
+
+async def test_a_dev_shm_that_is_too_small_moves_segments_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The learner inherits a folder that holds nothing in /dev/shm's place, and falls back to another."""
-    full = tmp_path / "no-such-folder"
-    room = tmp_path / "room"
-    room.mkdir()
-    monkeypatch.setattr(
-        sys.modules[__name__],
-        "LEARNER",
-        "import pathlib, tempfile\n"
-        "import penstock.weights.segment as segment\n"
-        f"segment._SHARED_MEMORY = pathlib.Path({str(full)!r})\n"
-        f"tempfile.tempdir = {str(room)!r}\n" + LEARNER,
-    )
+    prelude = SMALL_DEV_SHM.format(room=str(tmp_path))
+    monkeypatch.setattr(sys.modules[__name__], "LEARNER", prelude + LEARNER)
     learner, actor = Learner(), Actor()
     async with asyncio.TaskGroup() as tasks:
         installing = tasks.create_task(actor.installer.run(), name="installer")
@@ -351,7 +387,7 @@ async def test_a_full_dev_shm_moves_segments_elsewhere(
             await actor.current(message)
         installing.cancel()
     assert segment_path(message.snapshot.segment.name) is None
-    assert len(list(room.iterdir())) >= 4
+    assert count_files(tmp_path) >= 4
     learner.stop()
     actor.close()
     actor.assert_only_published()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import secrets
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +19,7 @@ from numpy.typing import NDArray
 from actors.engines.host_ring import HostRing, prefix_of, remove_abandoned
 from penstock.errors import WeightTransferError
 from penstock.weights.manifest import SharedMemoryMedium
-from penstock.weights.segment import find_segments, open_segment
+from penstock.weights.segment import find_segments, open_segment, segment_path
 
 NUM_BYTES = 64
 
@@ -109,6 +113,43 @@ def test_a_preparation_that_fails_leaves_what_is_held_and_is_found_by_nobody(
     calls: list[int] = []
     assert content(hold(second, 2, calls)) == 2
     assert calls == [2]
+
+
+def test_without_room_in_shared_memory_actors_share_another_folder(
+    rings: tuple[HostRing, HostRing], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserve = os.posix_fallocate
+
+    def reserve_little(file: int, offset: int, length: int) -> None:
+        if Path(f"/proc/self/fd/{file}").readlink().is_relative_to("/dev/shm"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        reserve(file, offset, length)
+
+    monkeypatch.setattr(os, "posix_fallocate", reserve_little)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    first, second = rings
+    name = hold(first, 1)
+    assert segment_path(name) == tmp_path / name
+    calls: list[int] = []
+    assert hold(second, 1, calls) == name
+    assert not calls
+    assert content(name) == 1
+
+
+def test_without_room_anywhere_what_is_held_stays(
+    rings: tuple[HostRing, HostRing], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(file: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    first, second = rings
+    held = hold(first, 1)
+    with monkeypatch.context() as full:
+        full.setattr(os, "posix_fallocate", no_space)
+        with pytest.raises(WeightTransferError, match="No space left"):
+            hold(first, 2)
+        assert content(held) == 1
+    assert content(hold(second, 2)) == 2
 
 
 def test_one_actor_waits_while_another_prepares(rings: tuple[HostRing, HostRing]) -> None:
