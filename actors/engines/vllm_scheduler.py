@@ -18,6 +18,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
+from actors.engines.vllm_waiting import sleep_during_steps
 from penstock.trajectory import InstallMode
 
 
@@ -30,7 +31,10 @@ def recompute(**arguments: Any) -> Scheduler:
 
 
 def _make(mode: InstallMode, arguments: dict[str, Any]) -> Scheduler:
-    overlapping = arguments["vllm_config"].scheduler_config.async_scheduling
+    vllm_config = arguments["vllm_config"]
+    if vllm_config.device_config.device_type == "cpu":
+        sleep_during_steps()
+    overlapping = vllm_config.scheduler_config.async_scheduling
     scheduler = (_VersionedAsyncScheduler if overlapping else _VersionedScheduler)(**arguments)
     scheduler.install_mode = mode
     return scheduler
