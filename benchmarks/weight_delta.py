@@ -9,16 +9,19 @@ one's own: XOR of the two versions, compressed by zstd at level 1.
     ratio_first, ratio_steady   bytes of bf16 weights over bytes of the delta: of step 1, of the last ten
     encode_gb_per_s             gigabytes of weights a second of a thread's processor time
     decode_gb_per_s             the same, decoding and applying in place
+    encode_wall_gb_per_s, decode_wall_gb_per_s    the same by the clock, on whatever else the machine does
     ratio_xor_zstd              the peer's ratio_steady
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -86,11 +89,22 @@ def publish(policy: Qwen3ForCausalLM) -> tuple[tuple[TensorEntry, ...], Version]
     return entries, buffer
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Of the processor, for this one thread: what else the machine does is not counted."""
-    began = time.thread_time()
-    work()
-    return time.thread_time() - began
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seconds:
+    processor: float
+    """Of this one thread: what else the machine does is not counted."""
+    wall: float
+
+
+def timed(works: Iterable[Callable[[], object]]) -> Seconds:
+    """All of them together; what makes each of them is not counted."""
+    processor = wall = 0.0
+    for work in works:
+        began = time.thread_time(), time.perf_counter()
+        work()
+        processor += time.thread_time() - began[0]
+        wall += time.perf_counter() - began[1]
+    return Seconds(processor=processor, wall=wall)
 
 
 def apply(delta: Version, version: Version) -> None:
@@ -103,17 +117,16 @@ def xor_zstd(old: Version, new: Version) -> bytes:
 
 def speeds(
     entries: tuple[TensorEntry, ...], steady: list[Version], deltas: list[Version]
-) -> tuple[float, float]:
-    """(encode, decode) in gigabytes of weights a second, over all steady steps; every result is compared."""
-    total = sum(version.size for version in steady[1:]) / 1e9
+) -> tuple[Seconds, Seconds]:
+    """What encoding and decoding all steady steps take; every result is compared."""
     pairs = list(itertools.pairwise(steady))
-    encode = sum(seconds(lambda old=old, new=new: encode_version(entries, old, new)) for old, new in pairs)
-    decode = 0.0
-    for (old, new), delta in zip(pairs, deltas, strict=True):
-        made = old.copy()
-        decode += seconds(lambda made=made, delta=delta: apply(delta, made))
-        assert np.array_equal(made, new)
-    return total / encode, total / decode
+    encode = timed(functools.partial(encode_version, entries, old, new) for old, new in pairs)
+    made = [old.copy() for old in steady[:-1]]
+    decode = timed(
+        functools.partial(apply, delta, version) for delta, version in zip(deltas, made, strict=True)
+    )
+    assert all(np.array_equal(version, new) for version, new in zip(made, steady[1:], strict=True))
+    return encode, decode
 
 
 def main() -> None:
@@ -141,11 +154,15 @@ def main() -> None:
         for old, new in itertools.pairwise(steady)
     ]
     measured = [speeds(entries, steady, deltas) for _ in range(arguments.repeats)]
+    encode, decode = zip(*measured, strict=True)
+    total = sum(version.size for version in steady[1:]) / 1e9
     results = {
         "ratio_steady": statistics.median(ratios),
         "ratio_first": first_ratio,
-        "encode_gb_per_s": statistics.median(encode for encode, _ in measured),
-        "decode_gb_per_s": statistics.median(decode for _, decode in measured),
+        "encode_gb_per_s": total / statistics.median(each.processor for each in encode),
+        "decode_gb_per_s": total / statistics.median(each.processor for each in decode),
+        "encode_wall_gb_per_s": total / statistics.median(each.wall for each in encode),
+        "decode_wall_gb_per_s": total / statistics.median(each.wall for each in decode),
         "ratio_xor_zstd": statistics.median(peers),
         "ratio_over_xor_zstd": statistics.median(
             ours / peer for ours, peer in zip(ratios, peers, strict=True)

@@ -32,6 +32,23 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return njit(nogil=True)(function)  # type: ignore[no-any-return]
 
 
+@intrinsic
+def _prefetch(typing_context, words, index):  # type: ignore[no-untyped-def]
+    """Asks for the cache line of words[index], to write to it; nothing waits for it."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        address = builder.bitcast(builder.gep(array.data, [arguments[1]]), cgutils.voidptr_t)
+        flag = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, flag, flag, flag])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], kind)
+        for_writing, keep, data = flag(1), flag(3), flag(1)
+        builder.call(prefetch, [address, for_writing, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(words, index), generate
+
+
 @_compiled
 def find_changes(old, new, wide_old, wide_new, positions):  # type: ignore[no-untyped-def]
     """Writes where `old` and `new` differ, in rising order. Returns how many places that are.
@@ -77,6 +94,9 @@ def write_changes(old, new, positions, gaps, symbols, steps, words):  # type: ig
     num_gaps = num_steps = num_words = 0
     behind = 0  # the word behind the last change
     for change in range(positions.size):
+        if change + _AHEAD < positions.size:
+            _prefetch(old, np.int64(positions[change + _AHEAD]))
+            _prefetch(new, np.int64(positions[change + _AHEAD]))
         position = int(positions[change])
         gap = position - behind
         behind = position + 1
@@ -102,23 +122,6 @@ def write_changes(old, new, positions, gaps, symbols, steps, words):  # type: ig
         place = 2 * (change & 3)
         symbols[change >> 2] = symbol if place == 0 else symbols[change >> 2] | symbol << place
     return num_gaps, num_steps, num_words
-
-
-@intrinsic
-def _prefetch(typing_context, words, index):  # type: ignore[no-untyped-def]
-    """Asks for the cache line of words[index], to write to it; nothing waits for it."""
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        address = builder.bitcast(builder.gep(array.data, [arguments[1]]), cgutils.voidptr_t)
-        flag = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, flag, flag, flag])
-        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], kind)
-        for_writing, keep, data = flag(1), flag(3), flag(1)
-        builder.call(prefetch, [address, for_writing, keep, data])
-        return context.get_dummy_value()
-
-    return types.void(words, index), generate
 
 
 @_compiled
