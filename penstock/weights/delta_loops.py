@@ -1,19 +1,17 @@
 """The compiled loops of deltas: find what changed, write it as streams, apply streams.
 
-They run without the interpreter's lock. numba compiles them at their first use, or loads what an
-earlier process compiled.
+They run without the interpreter's lock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from penstock.weights.compiled import compiled
 
 LANES = 16
 """64-bit lanes that are compared together."""
@@ -22,14 +20,6 @@ LONG_GAP = 255
 
 _AHEAD = 64
 """Changes between asking for a word's cache line and writing to it: about what a memory access takes."""
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled at its first call; kept for the next process, where numba finds a folder to write to."""
-    try:
-        return njit(cache=True, nogil=True)(function)  # type: ignore[no-any-return]
-    except RuntimeError:  # an installation that is read-only, and a user without a home
-        return njit(nogil=True)(function)  # type: ignore[no-any-return]
 
 
 @intrinsic
@@ -49,7 +39,7 @@ def _prefetch(typing_context, words, index):  # type: ignore[no-untyped-def]
     return types.void(words, index), generate
 
 
-@_compiled
+@compiled
 def find_changes(old, new, wide_old, wide_new, positions):  # type: ignore[no-untyped-def]
     """Writes where `old` and `new` differ, in rising order. Returns how many places that are.
 
@@ -85,7 +75,7 @@ def find_changes(old, new, wide_old, wide_new, positions):  # type: ignore[no-un
     return found
 
 
-@_compiled
+@compiled
 def write_changes(old, new, positions, gaps, symbols, steps, words):  # type: ignore[no-untyped-def]
     """Writes the streams of a sparse frame. Returns the numbers of gap bytes, steps and words."""
     bits = 8 * new.itemsize
@@ -124,7 +114,7 @@ def write_changes(old, new, positions, gaps, symbols, steps, words):  # type: ig
     return num_gaps, num_steps, num_words
 
 
-@_compiled
+@compiled
 def _find_positions(num_words, num_changes, gaps, positions):  # type: ignore[no-untyped-def]
     """Writes the place of each change. False if they do not fit into `num_words`, or the gaps are not used up."""
     position = next_gap = 0
@@ -143,7 +133,7 @@ def _find_positions(num_words, num_changes, gaps, positions):  # type: ignore[no
     return next_gap == gaps.size
 
 
-@_compiled
+@compiled
 def add_changes(span, num_changes, gaps, symbols, steps, words, positions):  # type: ignore[no-untyped-def]
     """Applies a sparse frame to `span`. False, with nothing beyond its bounds read or written, if it cannot be.
 
