@@ -1,11 +1,11 @@
 """What an environment is, in Python.
 
-There are two forms. An `Environment` plays one episode at a time: `reset` with a task,
+There are three forms. An `Environment` plays one episode at a time: `reset` with a task,
 then `step` with what the policy wrote, until a step says `done`; it keeps a worker
 process to itself for the life of a session. A `SingleTurnEnvironment` is a question and
 a scorer without memory: any worker may score any answer, so a few of them serve
-thousands of sessions. Both run in worker processes, so they may block, and they may be
-killed at a deadline.
+thousands of sessions. A `BatchedEnvironment` is the same with a scorer that takes many answers
+at once. All run in worker processes, so they may block, and they may be killed at a deadline.
 
 Whatever the policy does wrong is an observation or a reward. Whatever the environment
 does wrong is an exception: EnvironmentFault(kind=DATA) if the task itself is broken,
@@ -14,8 +14,9 @@ anything else counts as infrastructure.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Protocol
 
 from penstock.errors import ConfigError
@@ -104,3 +105,28 @@ class SingleTurnEnvironment(Protocol):
     def score(self, task: Task, action: str) -> StepResult:
         """Judges an answer; the result is `done`. Raises EnvironmentFault."""
         ...
+
+
+class BatchedEnvironment(Protocol):
+    """A SingleTurnEnvironment that scores answers together, as a model does that must not run once for each."""
+
+    def describe(self) -> Description: ...
+
+    def prompt(self, task: Task) -> tuple[Message, ...]:
+        """As a SingleTurnEnvironment's."""
+        ...
+
+    def score_batch(self, answers: Sequence[tuple[Task, str]]) -> Sequence[StepResult]:
+        """Judges answers to tasks, in their order; each result is `done`. Raises EnvironmentFault, for all of them."""
+        ...
+
+
+AnyEnvironment = Environment | SingleTurnEnvironment | BatchedEnvironment
+
+
+class Form(StrEnum):
+    """Which of them an environment is."""
+
+    STEPPED = "stepped"
+    SINGLE_TURN = "single_turn"
+    BATCHED = "batched"

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 from environments import frames
 from environments.base import Description, Message, StepResult
 from environments.pool import WorkerPool
-from environments.worker_process import Loaded, Worker, WorkerTimeout
+from environments.worker_process import Worker, WorkerTimeout
 from penstock.errors import EnvironmentFault, PenstockError, ProtocolError
 from penstock.trajectory import Reward, RewardStatus, Task
 
@@ -58,12 +58,6 @@ class Host(Protocol):
     def episode(self, task: Task) -> Episode: ...
 
 
-def host_for(loaded: Loaded, pool: WorkerPool, *, scorer_seconds: float) -> Host:
-    if loaded.single_turn:
-        return SingleTurnHost(loaded.description, pool, scorer_seconds=scorer_seconds)
-    return SteppedHost(loaded.description, pool)
-
-
 class SingleTurnHost:
     """Any worker serves any session: prompts are remembered here, answers are scored in workers."""
 
@@ -84,7 +78,7 @@ class SingleTurnHost:
         if messages is None:
             async with self._pool.borrowed(seconds) as (worker, left):
                 answer = await worker.call("prompt", left, task=frames.task_to_json(task))
-            messages = _checked(frames.messages_from_json, answer)
+            messages = checked(frames.messages_from_json, answer)
             self._prompts.put(task, messages)
         return messages
 
@@ -101,7 +95,7 @@ class SingleTurnHost:
                 return StepResult(
                     done=True, reward=Reward(status=RewardStatus.SCORER_TIMEOUT, message=str(timeout))
                 )
-        result = _checked(frames.result_from_json, answer)
+        result = checked(frames.result_from_json, answer)
         if not result.done:
             raise EnvironmentFault("the scorer's result is not done; its only turn is also the last")
         return result
@@ -176,14 +170,14 @@ class _Stepped:
         async with self._calling:
             self._worker, left = await self._pool.borrow(seconds)
             answer = await self._worker.call("reset", left, task=frames.task_to_json(self._task))
-        return _checked(frames.messages_from_json, answer)
+        return checked(frames.messages_from_json, answer)
 
     async def step(self, action: str, seconds: float) -> StepResult:
         async with self._calling:
             if self._worker is None:
                 raise EnvironmentFault("the session was closed while it was stepped")
             answer = await self._worker.call("step", seconds, action=action)
-        return _checked(frames.result_from_json, answer)
+        return checked(frames.result_from_json, answer)
 
     async def close(self) -> None:
         """Waits for a call under way, which has a deadline of its own."""
@@ -200,7 +194,7 @@ class _Stepped:
                 self._pool.release(worker)
 
 
-def _checked(decode: Callable[[object], ValueT], answer: object) -> ValueT:
+def checked(decode: Callable[[object], ValueT], answer: object) -> ValueT:
     """What the environment's code gave, if it is what it should be; a fault otherwise."""
     try:
         return decode(answer)

@@ -11,14 +11,15 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from environments.base import Environment, SingleTurnEnvironment
+from environments.base import AnyEnvironment, Form
 from penstock.errors import ConfigError, PenstockError
 
 _SINGLE_TURN = {"describe": 0, "prompt": 1, "score": 2}
+_BATCHED = {"describe": 0, "prompt": 1, "score_batch": 1}
 _STEPPED = {"describe": 0, "reset": 1, "step": 1, "close": 0}
 
 
-def load(target: str, options: Mapping[str, Any]) -> Environment | SingleTurnEnvironment:
+def load(target: str, options: Mapping[str, Any]) -> AnyEnvironment:
     """Imports and constructs. Raises ConfigError if the target is missing or does not fit."""
     factory = _find(target)
     try:
@@ -33,12 +34,14 @@ def load(target: str, options: Mapping[str, Any]) -> Environment | SingleTurnEnv
         traceback.print_exc()
         raise ConfigError(f"{target} cannot be constructed: {type(error).__name__}: {error}") from error
     _check_methods(target, environment)
-    loaded: Environment | SingleTurnEnvironment = environment
+    loaded: AnyEnvironment = environment
     return loaded
 
 
-def is_single_turn(environment: Environment | SingleTurnEnvironment) -> bool:
-    return all(callable(getattr(environment, name, None)) for name in _SINGLE_TURN)
+def form_of(environment: object) -> Form:
+    if hasattr(environment, "score_batch"):
+        return Form.BATCHED
+    return Form.SINGLE_TURN if hasattr(environment, "score") else Form.STEPPED
 
 
 def _find(target: str) -> Any:
@@ -61,7 +64,8 @@ def _find(target: str) -> Any:
 
 
 def _check_methods(target: str, environment: object) -> None:
-    expected = _SINGLE_TURN if hasattr(environment, "score") else _STEPPED
+    forms = {Form.STEPPED: _STEPPED, Form.SINGLE_TURN: _SINGLE_TURN, Form.BATCHED: _BATCHED}
+    expected = forms[form_of(environment)]
     for name, num_arguments in expected.items():
         method = getattr(environment, name, None)
         if not callable(method):

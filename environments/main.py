@@ -25,6 +25,7 @@ usage: penstock env COMMAND ...
 
   serve reasoning_gym:TASK [flags]       a task of the reasoning-gym library
   serve question_answer:FILE.jsonl       questions and answers, graded as mathematics
+  serve reward_model:FOLDER              a reward model, on prompts of a file
   serve MODULE:CLASS                     an environment of yours, importable from here
   check HOST:PORT                        run the conformance suite against a server
 
@@ -92,6 +93,41 @@ class QuestionAnswerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RewardModelConfig:
+    prompts: str
+    """A .jsonl or .parquet file."""
+    prompt_key: str = "prompt"
+    """The field of its rows that holds the prompt: text, or messages."""
+    eval_fraction: float = 0.1
+    """About this share of the prompts is held out, by a hash of their text."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N; auto is cuda where there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_tokens: int = 16384
+    """Tokens, padding included, that the model reads at once."""
+    server: tyro.conf.OmitArgPrefixes[ServerConfig] = field(
+        default_factory=lambda: ServerConfig(workers=1, memory_mib=32768, scorer_seconds=60.0)
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eval_fraction <= 1:
+            raise ConfigError(f"eval_fraction is {self.eval_fraction}; expected 0 to 1")
+        if self.batch_tokens < 1:
+            raise ConfigError(f"batch_tokens is {self.batch_tokens}; expected at least 1")
+
+    def target_and_options(self, name: str) -> tuple[str, dict[str, object]]:
+        return "environments.reward_model:RewardModel", {
+            "path": str(Path(name).absolute()),
+            "prompts": str(Path(self.prompts).absolute()),
+            "prompt_key": self.prompt_key,
+            "eval_fraction": self.eval_fraction,
+            "device": self.device,
+            "dtype": self.dtype,
+            "batch_tokens": self.batch_tokens,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClassConfig:
     option: tuple[str, ...] = ()
     """Arguments of the class, as KEY=VALUE ...; values that are JSON are read as JSON."""
@@ -132,11 +168,13 @@ def _serve(name: str, argv: Sequence[str]) -> int:
     kind, separator, rest = name.partition(":")
     if not separator or not rest:
         raise ConfigError(
-            f"{name!r} names no environment; expected reasoning_gym:TASK, question_answer:FILE.jsonl or MODULE:CLASS"
+            f"{name!r} names no environment; expected reasoning_gym:TASK, question_answer:FILE.jsonl, "
+            "reward_model:FOLDER or MODULE:CLASS"
         )
     config_type: Callable[..., Any] = {
         "reasoning_gym": ReasoningGymConfig,
         "question_answer": QuestionAnswerConfig,
+        "reward_model": RewardModelConfig,
     }.get(kind, ClassConfig)
     config = _parse(
         config_type, _gather(_gather(argv, "--config"), "--option"), prog=f"penstock env serve {name}"

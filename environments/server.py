@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from environments.base import Description
-from environments.hosts import Host, host_for
+from environments.base import Description, Form
+from environments.batching import BatchedHost
+from environments.hosts import Host, SingleTurnHost, SteppedHost
 from environments.pool import WorkerPool
 from environments.service import EnvironmentService
 from environments.worker_process import EnvironmentSpec, Loaded, WorkerLimits
@@ -114,7 +115,13 @@ def _host(loaded: Loaded, pool: WorkerPool, config: ServerConfig) -> Host:
     if config.session_ttl_seconds:
         description = replace(loaded.description, session_ttl_seconds=config.session_ttl_seconds)
         loaded = loaded._replace(description=description)
-    return host_for(loaded, pool, scorer_seconds=config.scorer_seconds)
+    match loaded.form:
+        case Form.STEPPED:
+            return SteppedHost(loaded.description, pool)
+        case Form.SINGLE_TURN:
+            return SingleTurnHost(loaded.description, pool, scorer_seconds=config.scorer_seconds)
+        case Form.BATCHED:
+            return BatchedHost(loaded.description, pool, scorer_seconds=config.scorer_seconds)
 
 
 def spec_of(target: str, options: Mapping[str, object], config: ServerConfig) -> EnvironmentSpec:

@@ -4,6 +4,7 @@
 
     start     what to load, and the limits     -> its description
     prompt, score                              of a SingleTurnEnvironment
+    prompt, score_batch                        of a BatchedEnvironment
     reset, step, close                         of an Environment
 
 Each answer is {"ok": ...} or {"fault": {"kind", "message"}}. Whatever takes too long is
@@ -21,9 +22,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from environments import frames
-from environments.base import Environment, SingleTurnEnvironment
+from environments.base import AnyEnvironment, BatchedEnvironment, Environment, Form, SingleTurnEnvironment
 from environments.frames import Json
-from environments.loading import is_single_turn, load
+from environments.loading import form_of, load
 from penstock.errors import ConfigError, EnvironmentFault, FaultKind
 from penstock.parent import send_at_parents_death
 
@@ -34,18 +35,19 @@ class Worker:
     def __init__(self, start: Json) -> None:
         self._target: str = start["target"]
         self._options: Mapping[str, Any] = start["options"]
-        self._environment: Environment | SingleTurnEnvironment | None = load(self._target, self._options)
-        self._single_turn = is_single_turn(self._environment)
-        self._calls: dict[str, Callable[[Json], object]] = (
-            {"prompt": self._prompt, "score": self._score}
-            if self._single_turn
-            else {"reset": self._reset, "step": self._step, "close": self._close}
-        )
+        self._environment: AnyEnvironment | None = load(self._target, self._options)
+        self._form = form_of(self._environment)
+        calls: dict[Form, dict[str, Callable[[Json], object]]] = {
+            Form.STEPPED: {"reset": self._reset, "step": self._step, "close": self._close},
+            Form.SINGLE_TURN: {"prompt": self._prompt, "score": self._score},
+            Form.BATCHED: {"prompt": self._prompt, "score_batch": self._score_batch},
+        }
+        self._calls = calls[self._form]
 
     def describe(self) -> Json:
         assert self._environment is not None
         description = frames.description_to_json(self._environment.describe())
-        return {"ok": {"description": description, "single_turn": self._single_turn}}
+        return {"ok": {"description": description, "form": self._form}}
 
     def answer(self, request: Json) -> Json:
         """An exception costs a stepped environment its object: the next reset builds another."""
@@ -62,7 +64,7 @@ class Worker:
             failure = _fault(
                 FaultKind.INFRASTRUCTURE, f"{self._target}, in {call}: {type(error).__name__}: {error}"
             )
-        if not self._single_turn:
+        if self._form is Form.STEPPED:
             self._environment = None
         return failure
 
@@ -74,6 +76,11 @@ class Worker:
         environment = cast(SingleTurnEnvironment, self._environment)
         task = frames.task_from_json(request["task"])
         return frames.result_to_json(environment.score(task, request["action"]))
+
+    def _score_batch(self, request: Json) -> object:
+        environment = cast(BatchedEnvironment, self._environment)
+        answers = [(frames.task_from_json(task), action) for task, action in request["answers"]]
+        return [frames.result_to_json(result) for result in environment.score_batch(answers)]
 
     def _reset(self, request: Json) -> object:
         if self._environment is None:

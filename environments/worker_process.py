@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from environments import frames
-from environments.base import Description
+from environments.base import Description, Form
 from penstock.errors import ConfigError, EnvironmentFault, FaultKind, PenstockError, ProtocolError
 
 _log = logging.getLogger(__name__)
@@ -58,8 +58,7 @@ class Loaded(NamedTuple):
     """What a worker says of the environment that it has built."""
 
     description: Description
-    single_turn: bool
-    """It is a SingleTurnEnvironment."""
+    form: Form
 
 
 class _Streams(NamedTuple):
@@ -115,11 +114,9 @@ class Worker:
             "folder": str(Path.cwd()),
         }
         loaded = await self._exchange("start", request, spec.start_seconds)
-        if not isinstance(loaded, dict):
+        if not isinstance(loaded, dict) or loaded.get("form") not in set(Form):
             raise EnvironmentFault(f"{self.name} described its environment as {loaded!r}; expected an object")
-        return Loaded(
-            frames.description_from_json(loaded.get("description")), loaded.get("single_turn") is True
-        )
+        return Loaded(frames.description_from_json(loaded.get("description")), Form(loaded["form"]))
 
     async def call(self, call: str, seconds: float, **arguments: object) -> object:
         """Raises WorkerTimeout, EnvironmentFault. A worker that does not answer well is killed."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from learner.offline.config import RmConfig
 from learner.offline.result import write_result
@@ -41,16 +41,24 @@ def train_rm(config: RmConfig, ranks: Ranks) -> float:
         config, config.optimizer, pairs, step,
         batch_size=config.batch_pairs, name="rm", quiet=not ranks.is_first,
     )  # fmt: skip
-    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     write_result(
         model,
         ranks,
         config,
         architecture=AutoModelForSequenceClassification,
         num_labels=1,
-        pad_token_id=padding,
+        pad_token_id=padding_id(tokenizer),
     )
     return final_loss
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What the written model pads with. Not the end token: transformers reads a reward off the last token that
+    isn't padding, and rewards are trained to be read off the end token."""
+    end = tokenizer.eos_token_id
+    if tokenizer.pad_token_id not in (None, end):
+        return int(tokenizer.pad_token_id)
+    return next((int(token) for token in tokenizer.all_special_ids if token != end), 0 if end else 1)
 
 
 def _scored(pair: Pair) -> Pair:

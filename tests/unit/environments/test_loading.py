@@ -5,7 +5,8 @@ from types import ModuleType
 
 import pytest
 
-from environments.loading import is_single_turn, load
+from environments.base import Form
+from environments.loading import form_of, load
 from penstock.errors import ConfigError
 
 
@@ -27,6 +28,12 @@ class Quiz:
     def score(self, task: object, action: str) -> None: ...
 
 
+class Panel:
+    def describe(self) -> None: ...
+    def prompt(self, task: object) -> None: ...
+    def score_batch(self, answers: object) -> None: ...
+
+
 class Half:
     def describe(self) -> None: ...
     def reset(self, task: object) -> None: ...
@@ -41,7 +48,7 @@ class WrongStep(Game):
 @pytest.fixture(autouse=True)
 def module(monkeypatch: pytest.MonkeyPatch) -> None:
     games = ModuleType("games")
-    games.__dict__.update(Game=Game, Quiz=Quiz, Half=Half, WrongStep=WrongStep, number=3)
+    games.__dict__.update(Game=Game, Quiz=Quiz, Panel=Panel, Half=Half, WrongStep=WrongStep, number=3)
     monkeypatch.setitem(sys.modules, "games", games)
 
 
@@ -49,8 +56,14 @@ def test_a_class_is_found_and_constructed_with_its_options() -> None:
     game = load("games:Game", {"size": 5})
     assert isinstance(game, Game)
     assert game.size == 5
-    assert not is_single_turn(game)
-    assert is_single_turn(load("games:Quiz", {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("Game", Form.STEPPED), ("Quiz", Form.SINGLE_TURN), ("Panel", Form.BATCHED)],
+)
+def test_the_methods_tell_the_form(name: str, form: Form) -> None:
+    assert form_of(load(f"games:{name}", {})) is form
 
 
 @pytest.mark.parametrize(
