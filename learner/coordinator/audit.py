@@ -1,7 +1,7 @@
-"""What must hold in a run's ledger, checked from its file alone: `penstock ledger`.
+"""What must hold in a run's ledger, checked from its files alone: `penstock ledger`.
 
 Reads one snapshot, so a ledger may be checked while its learner runs; page checksums and
-the log's are verified on the way. Pure but for that file: no process, no folder of
+the log's are verified on the way. Pure but for those files: no process, no folder of
 checkpoints, no configuration is looked at.
 """
 
@@ -16,9 +16,8 @@ from typing import Any
 
 import apsw
 
-from learner.coordinator import database, tables
+from learner.coordinator import database, segments, tables
 from learner.coordinator.ledger import Totals, read_totals
-from penstock.codec import checksum
 from penstock.errors import LedgerError
 
 _MOST_NAMED = 5
@@ -101,8 +100,7 @@ def _audit(db: apsw.Connection) -> Audit:
 
 def _payloads_from(db: apsw.Connection) -> int | None:
     ((last, missing),) = db.execute(
-        "SELECT max(step), max(iif(trajectory_id NOT IN (SELECT trajectory_id FROM payloads), step, -1)) "
-        "FROM trajectories WHERE state = 'trained'"
+        "SELECT max(step), max(iif(segment IS NULL, step, -1)) FROM trajectories WHERE state = 'trained'"
     )
     if last is None or missing == last:
         return None
@@ -119,9 +117,22 @@ def _database(db: apsw.Connection) -> Iterator[str]:
 
 
 def _payloads(db: apsw.Connection) -> Iterator[str]:
-    for name, payload, stored in db.execute("SELECT trajectory_id, payload, checksum FROM payloads"):
-        if tables.signed(checksum(payload)) != stored:
+    rows: list[Any] = db.execute(
+        "SELECT trajectory_id, segment, offset, num_bytes, checksum FROM trajectories "
+        "WHERE segment IS NOT NULL ORDER BY segment, offset"
+    ).fetchall()
+    found = segments.read(segments.folder_of(Path(db.filename)), tables.places(row[1:] for row in rows))
+    wrong = [row for row, payload in zip(rows, found, strict=True) if payload is None]
+    kept = _segments_now(db) if wrong else set()
+    for name, segment, *_ in wrong:
+        if segment in kept:
             yield f"the payload of {name} is not what its actor sent"
+
+
+def _segments_now(db: apsw.Connection) -> set[int]:
+    """Those that a learner which runs has not deleted since the snapshot was taken."""
+    with contextlib.closing(database.open_reader(Path(db.filename))) as now:
+        return {number for (number,) in now.execute("SELECT number FROM segments")}
 
 
 def _conservation(db: apsw.Connection) -> Iterator[str]:
@@ -147,8 +158,7 @@ def _one_end_each(db: apsw.Connection) -> Iterator[str]:
     yield from _named(
         db,
         "are pending without a payload",
-        "SELECT trajectory_id FROM trajectories WHERE state = 'pending' "
-        "AND trajectory_id NOT IN (SELECT trajectory_id FROM payloads)",
+        "SELECT trajectory_id FROM trajectories WHERE state = 'pending' AND segment IS NULL",
     )
     yield from _named(
         db,
@@ -159,7 +169,13 @@ def _one_end_each(db: apsw.Connection) -> Iterator[str]:
     yield from _named(
         db,
         "came on a lease that was never granted",
-        "SELECT trajectory_id FROM trajectories WHERE lease_id NOT IN (SELECT lease_id FROM leases)",
+        "SELECT trajectory_id FROM trajectories LEFT JOIN leases l USING (group_id, slot, attempt) "
+        "WHERE l.session_id IS NULL",
+    )
+    yield from _named(
+        db,
+        "have the id of another",
+        "SELECT trajectory_id FROM trajectories GROUP BY trajectory_id HAVING count(*) > 1",
     )
 
 
@@ -266,6 +282,12 @@ def _tallies(db: apsw.Connection) -> Iterator[str]:
         counted = dict(db.execute(f"SELECT {column}, count(*) FROM trajectories GROUP BY {column}"))  # noqa: S608
         if counted != tallied:
             yield f"tallies by {what} are {tallied}; the rows say {counted}"
+    for number, named, counted in db.execute(
+        "SELECT number, num_payloads, coalesce(n, 0) FROM segments LEFT JOIN "
+        "(SELECT segment, count(*) AS n FROM trajectories GROUP BY segment) ON segment = number "
+        "WHERE num_payloads <> coalesce(n, 0)"
+    ):
+        yield f"segment {number} is said to hold {named} payloads; {counted} trajectories name it"
     trained: list[Any] = db.execute(
         "SELECT coalesce(max(lag), 0), coalesce(sum(mixed), 0), coalesce(sum(num_sampled), 0) "
         "FROM trajectories WHERE state = 'trained'"

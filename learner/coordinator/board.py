@@ -101,7 +101,9 @@ class Board:
         self, lease: LiveLease, outcome: LeaseOutcome, *, message: str = "", revoke: str = ""
     ) -> None:
         self.leases.end(lease.lease_id)
-        self._journal.record(LeaseEnded(lease_id=lease.lease_id, outcome=outcome, message=message[:500]))
+        if outcome is not LeaseOutcome.FILLED:
+            ended = LeaseEnded(lease.group_id, lease.slot, lease.attempt, outcome, message[:500])
+            self._journal.record(ended)
         if revoke:
             self._revocations.append(Revocation(lease.session_id, lease.lease_id, revoke))
         group = self.groups.get(lease.group_id)

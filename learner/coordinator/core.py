@@ -13,13 +13,11 @@ from learner.config import DiskConfig
 from learner.coordinator.decisions import Revocation
 from learner.coordinator.disk import DiskGuard, Reading, Room
 from learner.coordinator.explain import TrainerWait, why
-from learner.coordinator.groups import LeaseOutcome
 from learner.coordinator.ledger import Ledger, Totals
 from learner.coordinator.records import (
     EventLogged,
     GroupOpened,
     ItemsRefused,
-    LeaseEnded,
     LeaseGranted,
     Record,
     SequenceAdvanced,
@@ -203,8 +201,6 @@ class Coordinator:
 
 def _is_news(record: Record) -> bool:
     """Whether an actor may wait for it. What actors do all the time is none: it would wake all of them."""
-    if isinstance(record, LeaseEnded):
-        return record.outcome is not LeaseOutcome.FILLED
     if isinstance(record, TrajectoryStored):
         return record.state is not TrajectoryState.PENDING
     return type(record) not in _ORDINARY

@@ -8,6 +8,7 @@ failed sync left in the page cache alone is then on disk, or the start fails.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import logging
@@ -25,7 +26,7 @@ from penstock.errors import ConfigError, LedgerError
 
 _log = logging.getLogger(__name__)
 
-FORMAT = "3"
+FORMAT = "4"
 # Rows hold payloads of several KiB: large pages commit 2.5 times as many a second.
 _PAGE_BYTES = 65536
 _CHECKSUM_BYTES = 8
@@ -82,9 +83,13 @@ def open_reader(path: Path) -> apsw.Connection:
 
 def explain(error: BaseException) -> str:
     """What an error of SQLite means for the ledger."""
-    while isinstance(error.__context__, apsw.Error):
+    while isinstance(error.__context__, apsw.Error | OSError):
         # SQLite has rolled back by itself, and undoing it once more failed: the first error tells why.
         error = error.__context__
+    if isinstance(error, OSError):
+        return {errno.EIO: "disk I/O error", errno.ENOSPC: "the disk is full"}.get(
+            error.errno or 0, str(error)
+        )
     return _DAMAGED if getattr(error, "extendedresult", None) == _WRONG_CHECKSUM else str(error)
 
 

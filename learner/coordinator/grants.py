@@ -128,24 +128,17 @@ class Grants:
             self.num_continued += 1
         attempt = slot.next_attempt
         slot.next_attempt += 1
-        lease_id = f"{group.group_id}.{number}.{attempt}"
         rival = bool(slot.lease_ids)
-        slot.lease_ids.append(lease_id)
-        self._outages.leased(group.task.environment, lease_id)
-        self._board.leases.grant(
-            lease_id=lease_id, group_id=group.group_id, slot=number, session_id=session_id, now=now
+        lease = self._board.leases.grant(
+            group_id=group.group_id, slot=number, attempt=attempt, session_id=session_id, now=now
         )
+        slot.lease_ids.append(lease.lease_id)
+        self._outages.leased(group.task.environment, lease.lease_id)
         self._journal.record(
-            LeaseGranted(
-                lease_id=lease_id,
-                group_id=group.group_id,
-                slot=number,
-                attempt=attempt,
-                session_id=session_id,
-            )
+            LeaseGranted(group_id=group.group_id, slot=number, attempt=attempt, session_id=session_id)
         )
         return Lease(
-            lease_id=lease_id,
+            lease_id=lease.lease_id,
             group_id=group.group_id,
             slot=number,
             attempt=attempt,

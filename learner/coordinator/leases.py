@@ -8,11 +8,26 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 
+def lease_name(group_id: int, slot: int, attempt: int) -> str:
+    """What a lease is called on the wire."""
+    return f"{group_id}.{slot}.{attempt}"
+
+
+def parse_lease_name(lease_id: str) -> tuple[int, int, int] | None:
+    """(group_id, slot, attempt); None if no lease was ever called so."""
+    parts = lease_id.split(".")
+    if len(parts) != 3 or not all(part.isascii() and part.isdigit() and len(part) < 16 for part in parts):
+        return None
+    group_id, slot, attempt = map(int, parts)
+    return group_id, slot, attempt
+
+
 @dataclass(slots=True, kw_only=True)
 class LiveLease:
     lease_id: str
     group_id: int
     slot: int
+    attempt: int
     session_id: str
     granted_at: float
     deadline: float
@@ -55,11 +70,13 @@ class LeaseTable:
     def of_session(self, session_id: str) -> list[LiveLease]:
         return [self._leases[lease_id] for lease_id in sorted(self._by_session.get(session_id, ()))]
 
-    def grant(self, *, lease_id: str, group_id: int, slot: int, session_id: str, now: float) -> LiveLease:
+    def grant(self, *, group_id: int, slot: int, attempt: int, session_id: str, now: float) -> LiveLease:
+        lease_id = lease_name(group_id, slot, attempt)
         lease = LiveLease(
             lease_id=lease_id,
             group_id=group_id,
             slot=slot,
+            attempt=attempt,
             session_id=session_id,
             granted_at=now,
             deadline=now + self._progress_timeout,

@@ -1,9 +1,10 @@
-"""The ledger: one SQLite database, one writer, many records to a commit.
+"""The ledger: one SQLite database, segments of payloads beside it, one writer, many records to a commit.
 
-`write` returns once its records are committed and synced (WAL, synchronous=FULL). All
-records that wait while one commit runs go into the next, so the cost of a sync is
-shared without a timer. A failed write or sync is fatal: nothing is acknowledged any
-more, and the process must exit and replay (a retried fsync says OK for lost pages).
+`write` returns once its payloads are synced and, after them, its records committed and
+synced (WAL, synchronous=FULL). All records that wait while one commit runs go into the
+next, so the cost of a sync is shared without a timer. A failed write or sync is fatal:
+nothing is acknowledged any more, and the process must exit and replay (a retried fsync
+says OK for lost pages).
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from typing import Any
 
 import apsw
 
-from learner.coordinator import database, tables
+from learner.coordinator import database, segments, tables
 from learner.coordinator.groups import Filled, Group, HandedOver, LeaseOutcome, Slot
 from learner.coordinator.records import Record, TrajectoryState
-from penstock.codec import checksum
+from learner.coordinator.segments import SegmentWriter
 from penstock.errors import LedgerError
 from penstock.trajectory import PolicyVersion, Task
 
 _log = logging.getLogger(__name__)
+
+_PLACES = "SELECT trajectory_id, segment, offset, num_bytes, checksum FROM trajectories"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +68,8 @@ class Recovered:
     """Assigned ones included."""
     assigned: tuple[int, ...]
     """Groups of the batch that the trainer had been given."""
-    live_leases: tuple[tuple[str, int, int], ...]
-    """(lease_id, group_id, slot) of leases that had not ended."""
+    live_leases: tuple[tuple[int, int, int], ...]
+    """(group_id, slot, attempt) of leases that had not ended."""
     versions: dict[PolicyVersion, str]
     """Digest of every version ever published."""
     finished: bool
@@ -106,7 +109,13 @@ def read_totals(db: apsw.Connection) -> Totals:
 class Ledger:
     """Opens, or creates, the ledger of a run folder. Raises ConfigError, LedgerError."""
 
-    def __init__(self, path: Path, *, on_fatal: Callable[[LedgerError], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        on_fatal: Callable[[LedgerError], None] = lambda _: None,
+        segment_bytes: int = segments.SEGMENT_BYTES,
+    ) -> None:
         self.path = path
         self._on_fatal = on_fatal
         self._lock_file = database.lock(path)
@@ -115,6 +124,7 @@ class Ledger:
         self._db = database.open_writer(path)
         self._reader = database.open_reader(path)
         self._recount()
+        self._segments = self._open_segments(segment_bytes)
         self._writer = threading.Thread(target=self._write_forever, name="ledger-writer", daemon=True)
         self._writer.start()
 
@@ -149,6 +159,7 @@ class Ledger:
         self._writer.join(timeout=30.0)
         self._reader.close()
         self._db.close()
+        self._segments.close()
         self._lock_file.close()
 
     # -- reading ------------------------------------------------------------------------
@@ -159,7 +170,7 @@ class Ledger:
         (num_sessions,) = self._row("SELECT coalesce(max(number), 0) FROM sessions")
         (next_group_id,) = self._row("SELECT coalesce(max(group_id) + 1, 0) FROM groups")
         live = self._rows(
-            "SELECT lease_id, group_id, slot FROM leases WHERE outcome IS NULL "
+            "SELECT group_id, slot, attempt FROM leases WHERE outcome IS NULL "
             "AND group_id IN (SELECT group_id FROM groups WHERE state IN ('open', 'assigned'))"
         )
         epoch, from_step = self._row("SELECT coalesce(max(epoch), 0), coalesce(step, 0) FROM lineages")
@@ -213,26 +224,48 @@ class Ledger:
         if before != after:
             _log.error("%s: the tallies said %s; the rows say %s", self.path, before, after)
 
-    def payloads(self, trajectory_ids: Iterable[str]) -> list[bytes]:
-        """The trajectories as they were sent, in the order asked for. Raises LedgerError."""
-        payloads = []
-        for trajectory_id in trajectory_ids:
-            rows = self._rows(
-                "SELECT payload, checksum FROM payloads WHERE trajectory_id = ?", (trajectory_id,)
-            )
-            if not rows:
+    def _open_segments(self, segment_bytes: int) -> SegmentWriter:
+        """Begins where the ledger's rows end; what is to be trained must be there. Raises LedgerError."""
+        kept = [number for (number,) in self._rows("SELECT number FROM segments")]
+        pending = self._rows(
+            f"{_PLACES} WHERE state = 'pending' AND segment IS NOT NULL ORDER BY segment, offset"
+        )
+        for row, payload in zip(pending, self._read(pending), strict=True):
+            if payload is None:
+                raise self._damaged(row[0])
+        try:
+            return SegmentWriter(segments.folder_of(self.path), kept, segment_bytes=segment_bytes)
+        except OSError as error:
+            raise LedgerError(f"{self.path.parent} cannot be written: {error}") from error
+
+    def payloads(self, group_id: int, trajectory_ids: Iterable[str]) -> list[bytes]:
+        """Trajectories of a group as they were sent, in the order asked for. Raises LedgerError."""
+        rows = {row[0]: row for row in self._rows(f"{_PLACES} WHERE group_id = ?", (group_id,))}
+        wanted = [rows[trajectory_id] for trajectory_id in trajectory_ids]
+        for trajectory_id, segment, *_ in wanted:
+            if segment is None:
                 raise self._fatal(
                     f"{self.path}: trajectory {trajectory_id} is to be trained, but its payload was deleted, since "
                     "every checkpoint covered it. Bring a newer checkpoint back, or start a new run from this one"
                 )
-            payload, stored = rows[0]
-            if tables.signed(checksum(payload)) != stored:
-                raise self._fatal(
-                    f"{self.path}: the payload of trajectory {trajectory_id} is not what was written: its checksum "
-                    "differs from its actor's. It was changed on the disk, and must not be trained on"
-                )
+        payloads = []
+        for row, payload in zip(wanted, self._read(wanted), strict=True):
+            if payload is None:
+                raise self._damaged(row[0])
             payloads.append(payload)
         return payloads
+
+    def _read(self, rows: Iterable[Any]) -> Iterator[bytes | None]:
+        try:
+            yield from segments.read(segments.folder_of(self.path), tables.places(row[1:] for row in rows))
+        except OSError as error:
+            raise self._fatal(f"{self.path.parent}: payloads cannot be read: {error}") from error
+
+    def _damaged(self, trajectory_id: str) -> LedgerError:
+        return self._fatal(
+            f"{segments.folder_of(self.path)}: the payload of trajectory {trajectory_id} is not what was written: its "
+            "checksum differs from its actor's. It was changed on the disk, and must not be trained on"
+        )
 
     def newest_checkpoint(self) -> int:
         """The step of the newest checkpoint that was recorded; 0 if there is none."""
@@ -244,16 +277,16 @@ class Ledger:
         rows = self._rows(
             "SELECT payload, checksum FROM partials WHERE group_id = ? AND slot = ?", (group_id, slot)
         )
-        return (rows[0][0], rows[0][1] % (1 << 64)) if rows else None
+        return (rows[0][0], tables.unsigned(rows[0][1])) if rows else None
 
     def trajectory_ids(self) -> Iterator[str]:
         """Of every trajectory ever stored."""
         return (name for (name,) in self._rows("SELECT trajectory_id FROM trajectories"))
 
-    def find_lease(self, lease_id: str) -> tuple[int, int] | None:
-        """(group_id, slot) of any lease that was ever granted."""
-        rows = self._rows("SELECT group_id, slot FROM leases WHERE lease_id = ?", (lease_id,))
-        return (rows[0][0], rows[0][1]) if rows else None
+    def was_granted(self, group_id: int, slot: int, attempt: int) -> bool:
+        """Whether there ever was such a lease."""
+        sql = "SELECT 1 FROM leases WHERE (group_id, slot, attempt) = (?, ?, ?)"
+        return bool(self._rows(sql, (group_id, slot, attempt)))
 
     def events_after(self, sequence: int, limit: int = 1000) -> list[tuple[int, float, str, str]]:
         return self._rows(
@@ -355,7 +388,10 @@ class Ledger:
             return self._failed
         try:
             with self._db:
-                tables.apply(self._db, (record for write in batch for record in write.records))
+                records = (record for write in batch for record in write.records)
+                gone = tables.apply(self._db, records, self._segments)
+                self._segments.sync()
+            self._segments.delete(gone)
         except (apsw.Error, OSError) as error:
             return self._fatal(
                 f"{self.path}: a commit failed, nothing more is acknowledged: {database.explain(error)}"

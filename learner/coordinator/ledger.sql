@@ -31,21 +31,20 @@ CREATE TABLE groups (
 CREATE INDEX groups_by_state ON groups (state, step);
 
 CREATE TABLE leases (
-    lease_id TEXT PRIMARY KEY,
     group_id INTEGER NOT NULL,
     slot INTEGER NOT NULL,
     attempt INTEGER NOT NULL,
     session_id TEXT NOT NULL,
     outcome TEXT,                              -- null while live
-    message TEXT
+    message TEXT,
+    PRIMARY KEY (group_id, slot, attempt)
 ) WITHOUT ROWID;
-CREATE INDEX leases_by_group ON leases (group_id);
 
 CREATE TABLE trajectories (
-    trajectory_id TEXT PRIMARY KEY,
-    lease_id TEXT NOT NULL,
+    trajectory_id TEXT NOT NULL,               -- no two rows have the same
     group_id INTEGER NOT NULL,
     slot INTEGER NOT NULL,
+    attempt INTEGER NOT NULL,                  -- of the lease that it came under
     session_id TEXT NOT NULL,
     sequence INTEGER NOT NULL,
     state TEXT NOT NULL,
@@ -55,16 +54,24 @@ CREATE TABLE trajectories (
     mixed INTEGER NOT NULL,
     reward REAL NOT NULL,
     observation_digest TEXT NOT NULL,
+    segment INTEGER,                           -- where its payload lies; null where it isn't needed (any more)
+    offset INTEGER NOT NULL,
+    num_bytes INTEGER NOT NULL,
+    checksum INTEGER NOT NULL,                 -- XXH3 of the payload, as signed 64 bits
     step INTEGER,                              -- the step that trained it
-    lag INTEGER                                -- step minus oldest_step, at least 0
-);
-CREATE INDEX trajectories_by_group ON trajectories (group_id);
-CREATE INDEX trajectories_by_state ON trajectories (state);
+    lag INTEGER,                               -- step minus oldest_step, at least 0
+    PRIMARY KEY (group_id, slot, trajectory_id)
+) WITHOUT ROWID;
 
-CREATE TABLE payloads (
-    trajectory_id TEXT PRIMARY KEY,
-    payload BLOB NOT NULL,
-    checksum INTEGER NOT NULL                  -- XXH3 of the payload, as signed 64 bits
+-- A trajectory ends the lease that it came under, unless that had ended.
+CREATE TRIGGER filled AFTER INSERT ON trajectories BEGIN
+    UPDATE leases SET outcome = 'filled'
+    WHERE group_id = new.group_id AND slot = new.slot AND attempt = new.attempt AND outcome IS NULL;
+END;
+
+CREATE TABLE segments (                        -- files of payloads, see segments.py
+    number INTEGER PRIMARY KEY,
+    num_payloads INTEGER NOT NULL              -- that trajectories name; at 0 the file goes
 );
 
 CREATE TABLE partials (                        -- handed over by leaving actors, of open groups

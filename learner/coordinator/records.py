@@ -49,7 +49,6 @@ class GroupOpened:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseGranted:
-    lease_id: str
     group_id: int
     slot: int
     attempt: int
@@ -69,16 +68,21 @@ class PartialStored:
 
 
 class LeaseEnded(NamedTuple):
-    lease_id: str
+    """A lease ended without a trajectory: one that comes under it ends it by itself."""
+
+    group_id: int
+    slot: int
+    attempt: int
     outcome: LeaseOutcome
     message: str = ""
 
 
 class TrajectoryStored(NamedTuple):
     trajectory_id: str
-    lease_id: str
     group_id: int
     slot: int
+    attempt: int
+    """Of the lease that it came under."""
     session_id: str
     sequence: int
     state: TrajectoryState

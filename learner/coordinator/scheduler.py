@@ -34,7 +34,7 @@ from learner.coordinator.grants import Grants
 from learner.coordinator.groups import Filled, Group, LeaseOutcome
 from learner.coordinator.journal import Journal
 from learner.coordinator.known_ids import KnownIds
-from learner.coordinator.leases import LeaseTable, LiveLease, RolloutReport
+from learner.coordinator.leases import LeaseTable, LiveLease, RolloutReport, parse_lease_name
 from learner.coordinator.lineage import Lineage
 from learner.coordinator.outages import Outages
 from learner.coordinator.partials import SentPartial
@@ -157,7 +157,7 @@ class Scheduler:
         next_group_id: int,
         open_groups: Sequence[Group],
         assigned: Sequence[int],
-        live_leases: Sequence[tuple[str, int, int]],
+        live_leases: Sequence[tuple[int, int, int]],
         versions: dict[PolicyVersion, str],
         now: float,
     ) -> None:
@@ -166,12 +166,12 @@ class Scheduler:
         self._known.update(self._history.trajectory_ids())
         self.board.hold(open_groups)
         self.lineage.restore(epoch=epoch, from_step=from_step, versions=versions, assigned=assigned)
-        for lease_id, group_id, slot in live_leases:
+        for group_id, slot, attempt in live_leases:
             held = self.groups[group_id].slots[slot]
             if held.filled is not None:
                 continue
-            held.lease_ids.append(lease_id)
-            lease = self.leases.grant(lease_id=lease_id, group_id=group_id, slot=slot, session_id="", now=now)
+            lease = self.leases.grant(group_id=group_id, slot=slot, attempt=attempt, session_id="", now=now)
+            held.lease_ids.append(lease.lease_id)
             lease.deadline = now + self._config.dead_seconds
 
     # -- sessions -----------------------------------------------------------------------
@@ -401,7 +401,8 @@ class Scheduler:
         return True
 
     def _decide(self, session: Session, sequence: int, submission: Submission, now: float) -> Verdict:
-        group, slot_number = self._group_of(submission.lease_id)
+        lease = self._lease_of(submission.lease_id)
+        group = self.board.find(lease[0])
         if submission.trajectory_id in self._known:
             self._journal.record(ItemsRefused(duplicates=1))
             return DUPLICATE
@@ -411,26 +412,26 @@ class Scheduler:
         if group is not None:
             validation.check_task(submission.task, group.task)
             validation.check_observation(submission.observation_digest, group.observation_digest)
-        verdict = self._verdict_on(group, slot_number, submission)
-        self._store(session, sequence, submission, slot_number, verdict)
+        verdict = self._verdict_on(group, lease[1], submission)
+        self._store(session, sequence, submission, lease, verdict)
         if group is not None:
-            self._settle(group, slot_number, submission, verdict, now)
+            self._settle(group, lease[1], submission, verdict, now)
         return verdict
 
-    def _group_of(self, lease_id: str) -> tuple[Group | None, int]:
-        """The group that a lease belongs to, if it is held here; its slot. Raises Rejected."""
+    def _lease_of(self, lease_id: str) -> tuple[int, int, int]:
+        """(group_id, slot, attempt) of a lease that was granted, live or not. Raises Rejected."""
         live = self.leases.get(lease_id)
-        if live is not None and live.group_id in self.groups:
-            return self.groups[live.group_id], live.slot
-        parts = lease_id.split(".")
-        if len(parts) == 3 and all(part.isascii() and part.isdigit() and len(part) < 16 for part in parts):
-            group_id, slot, attempt = map(int, parts)
+        if live is not None:
+            return live.group_id, live.slot, live.attempt
+        named = parse_lease_name(lease_id)
+        if named is not None:
+            group_id, slot, attempt = named
             group = self.board.find(group_id)
             if group is None:
-                if self._history.find_lease(lease_id) is not None:
-                    return None, slot
+                if self._history.was_granted(group_id, slot, attempt):
+                    return named
             elif slot < len(group.slots) and attempt < group.slots[slot].next_attempt:
-                return group, slot
+                return named
         raise Rejected(RejectionCode.UNKNOWN_LEASE, f"lease {lease_id[:40]!r} was never granted in this run")
 
     def _verdict_on(self, group: Group | None, slot_number: int, submission: Submission) -> Verdict:
@@ -448,16 +449,20 @@ class Scheduler:
         return PENDING
 
     def _store(
-        self, session: Session, sequence: int, submission: Submission, slot_number: int, verdict: Verdict
+        self,
+        session: Session,
+        sequence: int,
+        submission: Submission,
+        lease: tuple[int, int, int],
+        verdict: Verdict,
     ) -> None:
+        """lease: (group_id, slot, attempt)."""
         assert verdict.state is not None
         self._known.add(submission.trajectory_id)
         self._journal.record(
             TrajectoryStored(
-                trajectory_id=submission.trajectory_id,
-                lease_id=submission.lease_id,
-                group_id=int(submission.lease_id.partition(".")[0]),
-                slot=slot_number,
+                submission.trajectory_id,
+                *lease,
                 session_id=session.session_id,
                 sequence=sequence,
                 state=verdict.state,

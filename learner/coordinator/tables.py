@@ -9,7 +9,7 @@ thread has the interpreter for itself.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -36,13 +36,17 @@ from learner.coordinator.records import (
     TrajectoryStored,
     VersionPublished,
 )
+from learner.coordinator.segments import Place, SegmentWriter
 
 _ROWS_A_STATEMENT = (64, 8, 1)
 
 
-def apply(db: apsw.Connection, records: Iterable[Record]) -> None:
-    """Writes records, within the caller's transaction. Raises apsw.Error."""
-    transaction = _Transaction(db)
+def apply(db: apsw.Connection, records: Iterable[Record], payloads: SegmentWriter) -> list[int]:
+    """Writes records, within the caller's transaction, and their payloads, which must be synced before it ends.
+
+    Returns the segments that no row names any more. Raises apsw.Error, OSError.
+    """
+    transaction = _Transaction(db, payloads)
     gathered: defaultdict[type, list[Any]] = defaultdict(list)
     for record in records:
         kind = type(record)
@@ -53,11 +57,23 @@ def apply(db: apsw.Connection, records: Iterable[Record]) -> None:
             _SINGLY[kind](transaction, record)
     _write_gathered(transaction, gathered)
     transaction.write_tallies()
+    return transaction.drop_segments()
 
 
 def signed(checksum: int) -> int:
     """64 unsigned bits as SQLite keeps them."""
     return checksum - (1 << 64) if checksum >> 63 else checksum
+
+
+def unsigned(checksum: int) -> int:
+    """What `signed` was given."""
+    return checksum % (1 << 64)
+
+
+def places(rows: Iterable[tuple[int, int, int, int]]) -> Iterator[Place]:
+    """Of rows (segment, offset, num_bytes, checksum) of trajectories."""
+    for segment, offset, num_bytes, checksum in rows:
+        yield Place(segment, offset, num_bytes, unsigned(checksum))
 
 
 def recount(db: apsw.Connection) -> None:
@@ -74,13 +90,19 @@ def recount(db: apsw.Connection) -> None:
     db.execute(f"INSERT INTO tallies SELECT 'lag_trained', coalesce(max(lag), 0) {trained}")
     db.execute(f"INSERT INTO tallies SELECT 'mixed_trained', coalesce(sum(mixed), 0) {trained}")
     db.execute(f"INSERT INTO tallies SELECT 'tokens_trained', coalesce(sum(num_sampled), 0) {trained}")
+    db.execute(
+        "UPDATE segments SET num_payloads = coalesce(n, 0) FROM (SELECT number AS s, n FROM segments LEFT JOIN "
+        "(SELECT segment, count(*) AS n FROM trajectories GROUP BY segment) ON number = segment) WHERE number = s"
+    )
 
 
 class _Transaction:
     """One commit: statements, and changes of tallies, which are written once at its end."""
 
-    def __init__(self, db: apsw.Connection) -> None:
+    def __init__(self, db: apsw.Connection, payloads: SegmentWriter) -> None:
         self._db = db
+        self._payloads = payloads
+        self._forgot = False
         self._tallies: Counter[str] = Counter()
         self._lag = 0
 
@@ -95,6 +117,38 @@ class _Transaction:
                 values = ",".join(["(" + ",".join("?" * len(rows[0])) + ")"] * size)
                 self._db.execute(sql.format(values), tuple(chain.from_iterable(rows[start : start + size])))
                 start += size
+
+    def store(self, payloads: Sequence[bytes]) -> tuple[int, list[int]]:
+        """The segment that payloads now lie in, and their offsets."""
+        segment, offsets = self._payloads.append(payloads)
+        self._db.execute(
+            "INSERT INTO segments VALUES (?, ?) ON CONFLICT (number) "
+            "DO UPDATE SET num_payloads = num_payloads + excluded.num_payloads",
+            (segment, len(payloads)),
+        )
+        return segment, offsets
+
+    def forget(self, which: str, parameters: Sequence[Any]) -> None:
+        """The payloads of these trajectories are needed no more. which: a condition in SQL."""
+        which += " AND segment IS NOT NULL"
+        counts = "SELECT segment AS s, count(*) AS n FROM trajectories WHERE"
+        self._db.execute(
+            f"UPDATE segments SET num_payloads = num_payloads - n FROM ({counts} {which} GROUP BY segment) "  # noqa: S608
+            "WHERE number = s",
+            parameters,
+        )
+        self._db.execute(f"UPDATE trajectories SET segment = NULL WHERE {which}", parameters)  # noqa: S608
+        self._forgot = True
+
+    def drop_segments(self) -> list[int]:
+        """Ends segments that no row names. The newest stays, for it may be written to."""
+        if not self._forgot:
+            return []
+        gone = self._db.execute(
+            "DELETE FROM segments WHERE num_payloads = 0 AND number < (SELECT max(number) FROM segments) "
+            "RETURNING number"
+        )
+        return [number for (number,) in gone]
 
     @property
     def num_changed(self) -> int:
@@ -150,8 +204,8 @@ def _groups_opened(db: _Transaction, records: Sequence[GroupOpened]) -> None:
 
 
 def _leases_granted(db: _Transaction, records: Sequence[LeaseGranted]) -> None:
-    rows = [(r.lease_id, r.group_id, r.slot, r.attempt, r.session_id) for r in records]
-    db.execute_many("INSERT INTO leases (lease_id, group_id, slot, attempt, session_id) VALUES {}", rows)
+    rows = [(r.group_id, r.slot, r.attempt, r.session_id) for r in records]
+    db.execute_many("INSERT INTO leases (group_id, slot, attempt, session_id) VALUES {}", rows)
 
 
 def _partials_stored(db: _Transaction, records: Sequence[PartialStored]) -> None:
@@ -165,20 +219,27 @@ def _partials_stored(db: _Transaction, records: Sequence[PartialStored]) -> None
 
 def _leases_ended(db: _Transaction, records: Sequence[LeaseEnded]) -> None:
     db.execute_many(
-        "UPDATE leases SET outcome = ended.column2, message = ended.column3 FROM (VALUES {}) AS ended "
-        "WHERE lease_id = ended.column1",
+        "UPDATE leases SET outcome = ended.column4, message = ended.column5 FROM (VALUES {}) AS ended "
+        "WHERE (group_id, slot, attempt) = (ended.column1, ended.column2, ended.column3)",
         records,
     )
 
 
 def _trajectories_stored(db: _Transaction, records: Sequence[TrajectoryStored]) -> None:
+    payloads = [r.payload for r in records if r.payload is not None]
+    segment, offsets = db.store(payloads) if payloads else (0, [])
+    offset = iter(offsets)
     db.execute_many(
-        "INSERT INTO trajectories (trajectory_id, lease_id, group_id, slot, session_id, sequence, state, "
-        "environment, oldest_step, num_sampled, mixed, reward, observation_digest) VALUES {}",
-        [r[:13] for r in records],
+        "INSERT INTO trajectories (trajectory_id, group_id, slot, attempt, session_id, sequence, state, "
+        "environment, oldest_step, num_sampled, mixed, reward, observation_digest, segment, offset, num_bytes, "
+        "checksum) VALUES {}",
+        [
+            (*r[:13], None, 0, 0, 0)
+            if r.payload is None
+            else (*r[:13], segment, next(offset), len(r.payload), signed(r.checksum))
+            for r in records
+        ],
     )
-    payloads = [(r.trajectory_id, r.payload, signed(r.checksum)) for r in records if r.payload is not None]
-    db.execute_many("INSERT INTO payloads (trajectory_id, payload, checksum) VALUES {}", payloads)
     db.add("accepted", len(records))
     for state, count in Counter(r.state for r in records).items():
         db.add(f"state:{state}", count)
@@ -210,10 +271,7 @@ def _group_dropped(db: _Transaction, r: GroupDropped) -> None:
     )
     db.execute("DELETE FROM partials WHERE group_id = ?", (r.group_id,))
     pending = "group_id = ? AND state = 'pending'"
-    db.execute(
-        f"DELETE FROM payloads WHERE trajectory_id IN (SELECT trajectory_id FROM trajectories WHERE {pending})",  # noqa: S608
-        (r.group_id,),
-    )
+    db.forget(pending, (r.group_id,))
     db.execute(f"UPDATE trajectories SET state = ? WHERE {pending}", (r.state, r.group_id))  # noqa: S608
     _move(db, db.num_changed, TrajectoryState.PENDING, r.state)
 
@@ -253,8 +311,10 @@ def _batch_trained(db: _Transaction, r: BatchTrained) -> None:
 def _lineage_opened(db: _Transaction, r: LineageOpened) -> None:
     db.execute("INSERT INTO lineages (epoch, step, max_lag) VALUES (?, ?, ?)", (r.epoch, r.step, r.max_lag))
     db.execute("DELETE FROM meta WHERE name = 'finished'")
+    again = "state = 'trained' AND step >= ?"
     db.execute(
-        "UPDATE trajectories SET state = 'pending', step = NULL, lag = NULL WHERE state = 'trained' AND step >= ?",
+        "UPDATE trajectories SET state = 'pending', step = NULL, lag = NULL "  # noqa: S608
+        f"WHERE state = 'trained' AND group_id IN (SELECT group_id FROM groups WHERE {again})",
         (r.step,),
     )
     db.execute(
@@ -265,6 +325,7 @@ def _lineage_opened(db: _Transaction, r: LineageOpened) -> None:
     for group_id, born in r.reborn:
         db.execute("UPDATE groups SET born_epoch = ?, born_step = ? WHERE group_id = ?", (*born, group_id))
     db.execute("DELETE FROM checkpoints WHERE step > ?", (r.step,))
+    db.execute("UPDATE meta SET value = min(CAST(value AS INTEGER), ?) WHERE name = 'forgotten'", (r.step,))
     db.recount()
 
 
@@ -278,11 +339,13 @@ def _checkpoint_written(db: _Transaction, r: CheckpointWritten) -> None:
     db.execute("DELETE FROM checkpoints WHERE step < ?", (covered,))
     if r.keep_payloads:
         return
-    db.execute(
-        "DELETE FROM payloads WHERE trajectory_id IN "
-        "(SELECT trajectory_id FROM trajectories WHERE state = 'trained' AND step < ?)",
-        (covered,),
+    before = db.execute("SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'forgotten'").fetchall()
+    db.forget(
+        "state = 'trained' AND group_id IN "
+        "(SELECT group_id FROM groups WHERE state = 'trained' AND step >= ? AND step < ?)",
+        (before[0][0] if before else 0, covered),
     )
+    db.execute("INSERT OR REPLACE INTO meta VALUES ('forgotten', ?)", (str(covered),))
 
 
 def _run_finished(db: _Transaction, r: RunFinished) -> None:

@@ -75,7 +75,8 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
                 )
                 return
             for group in answer.groups:
-                payloads = self._coordinator.ledger.payloads(m.trajectory_id for m in group.members)
+                ids = [member.trajectory_id for member in group.members]
+                payloads = self._coordinator.ledger.payloads(group.group_id, ids)
                 for piece in _pieces(payloads):
                     yield pb.NextBatchResponse(
                         group=pb.TrainingGroup(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from learner.config import RunConfig
-from learner.coordinator import database
+from learner.coordinator import database, segments, tables
 from learner.training.batch import Batch, Group
 from learner.training.coordinator import Lineage, NextBatch
 from learner.training.start import join_ranks, train
@@ -23,7 +23,7 @@ from penstock import config as configuration
 from penstock import log
 from penstock.cli import run as run_program
 from penstock.codec import trajectory_from_wire
-from penstock.errors import PenstockError, ProtocolError
+from penstock.errors import LedgerError, PenstockError, ProtocolError
 from penstock.trajectory import PolicyVersion
 from penstock.v1 import trajectory_pb2
 from penstock.weights.manifest import Manifest
@@ -36,6 +36,7 @@ class RecordedRun:
 
     def __init__(self, path: Path) -> None:
         self._db = database.open_reader(path)
+        self._folder = segments.folder_of(path)
         self.run_id = str(self._rows("SELECT value FROM meta WHERE name = 'run_id'")[0][0])
         self._epochs: dict[int, int] = dict(
             self._db.execute("SELECT step, max(epoch) FROM versions GROUP BY step")
@@ -82,15 +83,22 @@ class RecordedRun:
 
     def _group(self, group_id: int) -> Group:
         rows = self._rows(
-            "SELECT trajectory_id, payload FROM trajectories LEFT JOIN payloads USING (trajectory_id) "
+            "SELECT trajectory_id, segment, offset, num_bytes, checksum FROM trajectories "
             "WHERE group_id = ? AND state = 'trained' ORDER BY slot",
             group_id,
         )
-        for trajectory_id, payload in rows:
-            if payload is None:
+        for trajectory_id, segment, *_ in rows:
+            if segment is None:
                 raise ProtocolError(f"trajectory {trajectory_id} was trained on, but its payload is gone")
-        payloads = [trajectory_pb2.Trajectory.FromString(payload) for _, payload in rows]
-        return Group(group_id=group_id, trajectories=tuple(map(trajectory_from_wire, payloads)))
+        found = segments.read(self._folder, tables.places(row[1:] for row in rows))
+        payloads = []
+        for (trajectory_id, *_), payload in zip(rows, found, strict=True):
+            if payload is None:
+                raise LedgerError(
+                    f"{self._folder}: the payload of trajectory {trajectory_id} was changed on the disk"
+                )
+            payloads.append(trajectory_from_wire(trajectory_pb2.Trajectory.FromString(payload)))
+        return Group(group_id=group_id, trajectories=tuple(payloads))
 
     def _rows(self, sql: str, *parameters: int) -> list[Any]:
         return self._db.execute(sql, parameters).fetchall()

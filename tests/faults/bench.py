@@ -31,6 +31,7 @@ import grpc
 from environments.base import Description
 from environments.wire import description_to_wire
 from learner.config import BreakerConfig, DiskConfig, FleetConfig, LedgerConfig, RunConfig, ScheduleConfig
+from learner.coordinator import segments, tables
 from learner.coordinator.audit import audit
 from learner.coordinator.core import NO_LIMITS
 from learner.training.config import TrainingConfig
@@ -349,6 +350,14 @@ class Bench:
 
         db = apsw.Connection(str(self.run_dir / "ledger.sqlite"), flags=apsw.SQLITE_OPEN_READONLY)
         return db.execute(sql).fetchall()
+
+    def payloads(self) -> list[bytes]:
+        """All that are kept."""
+        places = self.rows(
+            "SELECT segment, offset, num_bytes, checksum FROM trajectories WHERE segment NOT NULL"
+        )
+        found = segments.read(self.run_dir / segments.FOLDER, tables.places(places))
+        return [payload for payload in found if payload is not None]
 
     def events(self, kind: str) -> list[str]:
         return [message for (message,) in self.rows(f"SELECT message FROM events WHERE kind = '{kind}'")]

@@ -42,7 +42,7 @@ LONG_AFTER = 1000.0
 class DurableLoop:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._ledger = Ledger(folder / "ledger.sqlite")
+        self._ledger = Ledger(folder / "ledger.sqlite", segment_bytes=1000)
         self._scheduler: Scheduler = make_scheduler(
             history=self._ledger,
             groups_per_step=GROUPS_PER_STEP,

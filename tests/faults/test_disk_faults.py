@@ -35,6 +35,8 @@ pytestmark = needs_strace
         pytest.param("fdatasync:error=EIO:when=12", "disk I/O error", id="a sync fails once"),
         pytest.param("pwrite64:error=ENOSPC:when=150+", "disk is full", id="the disk is full"),
         pytest.param("pwrite64:error=EROFS:when=150+", "disk I/O error", id="the disk is read-only"),
+        pytest.param("writev:error=ENOSPC:when=6+", "disk is full", id="the disk is full for payloads"),
+        pytest.param("writev:error=EIO:when=6", "disk I/O error", id="a payload cannot be written"),
     ],
 )
 async def test_a_disk_that_fails_ends_the_coordinator_with_its_reason(tmp_path: Path, fault: str, said: str):
@@ -58,9 +60,9 @@ def trajectory(number: int) -> TrajectoryStored:
     payload = random.Random(number).randbytes(20_000)
     return TrajectoryStored(
         trajectory_id=f"{number:032x}",
-        lease_id=f"{number}.0.0",
         group_id=number,
         slot=0,
+        attempt=0,
         session_id="s",
         sequence=number + 1,
         state=TrajectoryState.PENDING,
@@ -76,13 +78,16 @@ def trajectory(number: int) -> TrajectoryStored:
 
 
 def write(ledger: Ledger, number: int) -> None:
-    lease = LeaseGranted(lease_id=f"{number}.0.0", group_id=number, slot=0, attempt=0, session_id="s")
+    lease = LeaseGranted(group_id=number, slot=0, attempt=0, session_id="s")
     opened = GroupOpened(
         group_id=number, task=Task("words", "train", 0, 1), born=PolicyVersion(1, 0), num_slots=1
     )
     ledger.write_blocking(
         [opened, lease, trajectory(number), SequenceAdvanced(session_id="s", sequence=number + 1)]
     )
+
+
+TORN = ("ledger.sqlite-wal", "payloads/00000001.segment")
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -95,19 +100,20 @@ def test_a_power_cut_in_the_midst_of_a_commit_loses_nothing_that_was_acknowledge
     acknowledged = chance.randint(1, 5)
     for number in range(acknowledged):
         write(ledger, number)
-    log = source.with_name("ledger.sqlite-wal")
-    synced = log.stat().st_size
-    path.parent.mkdir()
-    shutil.copy(source, path)
+    shutil.copytree(source.parent, path.parent)
+    before = {name: (source.parent / name).read_bytes() for name in TORN}
     write(ledger, acknowledged)
-    data = log.read_bytes()
-    kept = chance.randint(synced, len(data) - 1)
-    noise = chance.randbytes(len(data) - kept) if seed % 2 else b""
-    path.with_name("ledger.sqlite-wal").write_bytes(data[:kept] + noise)
+    for name in TORN:
+        data = (source.parent / name).read_bytes()
+        kept = chance.randint(len(before[name]), len(data) - 1)
+        noise = chance.randbytes(len(data) - kept) if seed % 2 else b""
+        (path.parent / name).write_bytes(data[:kept] + noise)
     ledger.close()
 
     again = Ledger(path)
     assert {f"{number:032x}" for number in range(acknowledged)} <= set(again.trajectory_ids())
+    for number in range(acknowledged):
+        assert again.payloads(number, [f"{number:032x}"]) == [trajectory(number).payload]
     assert again.totals().imbalance == 0
     again.close()
     assert not audit(path).violations

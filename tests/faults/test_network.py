@@ -147,7 +147,7 @@ async def test_a_bit_that_flips_on_the_way_is_found_and_what_it_hit_is_sent_agai
             assert proxy.up.num_flipped > 0
         bench.check()
         assert bench.tally().get("rejected:corrupt", 0) > 0
-        kept = [Trajectory.FromString(payload) for (payload,) in bench.rows("SELECT payload FROM payloads")]
+        kept = [Trajectory.FromString(payload) for payload in bench.payloads()]
         assert len(kept) >= 8 * 2 * 4
         for each in kept:
             versions = [VersionSpan(version_from_wire(s.version), s.num_tokens) for s in each.versions]

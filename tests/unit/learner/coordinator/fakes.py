@@ -42,8 +42,8 @@ class NoHistory:
     def trajectory_ids(self) -> tuple[str, ...]:
         return ()
 
-    def find_lease(self, lease_id: str) -> tuple[int, int] | None:
-        return None
+    def was_granted(self, group_id: int, slot: int, attempt: int) -> bool:
+        return False
 
 
 def make_scheduler(

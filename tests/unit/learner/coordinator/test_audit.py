@@ -51,12 +51,11 @@ def test_a_sound_ledger_passes(path: Path):
     ("broken", "sql"),
     [
         ("conservation", "UPDATE tallies SET value = value + 1 WHERE name = 'accepted'"),
-        ("payloads", "UPDATE payloads SET payload = x'00'"),
+        ("payloads", "UPDATE trajectories SET checksum = 0"),
+        ("payloads", "UPDATE trajectories SET offset = offset + 1"),
         ("I1", "UPDATE trajectories SET step = step + 1 WHERE state = 'trained' AND slot = 0"),
-        (
-            "I1",
-            "DELETE FROM payloads",
-        ),
+        ("I1", "UPDATE trajectories SET segment = NULL"),
+        ("I1", "UPDATE trajectories SET trajectory_id = 'same'"),
         ("I1", "DELETE FROM leases WHERE group_id = 0"),
         ("I2", "UPDATE groups SET step = 0 WHERE step = 1"),
         ("I2", "UPDATE trajectories SET slot = 0"),
@@ -69,6 +68,7 @@ def test_a_sound_ledger_passes(path: Path):
         ("I9", "DELETE FROM versions WHERE epoch = 1 AND step = 1"),
         ("I9", "UPDATE lineages SET epoch = 3 WHERE epoch = 2"),
         ("I10", "UPDATE tallies SET value = 0 WHERE name = 'state:trained'"),
+        ("I10", "UPDATE segments SET num_payloads = 1"),
     ],
 )
 def test_a_broken_invariant_is_named(path: Path, broken: str, sql: str):
@@ -103,6 +103,18 @@ def test_a_flipped_byte_is_found_wherever_it_lies(path: Path):
             audit(path)
     path.write_bytes(sound)
     assert not audit(path).violations
+
+
+def test_a_flipped_byte_is_found_wherever_it_lies_in_a_segment(path: Path):
+    (segment,) = (path.parent / "payloads").iterdir()
+    sound = segment.read_bytes()
+    for place in range(0, len(sound), 37):
+        damaged = bytearray(sound)
+        damaged[place] ^= 0x10
+        segment.write_bytes(damaged)
+        assert audit(path).failed == ("payloads",)
+    segment.write_bytes(sound[:-1])
+    assert audit(path).failed == ("payloads",)
 
 
 def test_a_folder_without_a_ledger_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -44,9 +44,9 @@ def stored(
 ) -> TrajectoryStored:
     fields: dict[str, object] = {
         "trajectory_id": f"{group_id:016x}{slot:016x}",
-        "lease_id": f"{group_id}.{slot}.0",
         "group_id": group_id,
         "slot": slot,
+        "attempt": 0,
         "session_id": "s",
         "sequence": 1,
         "state": state,
@@ -60,6 +60,10 @@ def stored(
         "checksum": checksum(b"tokens"),
     }
     return TrajectoryStored(**(fields | changes))  # type: ignore[arg-type]
+
+
+def segments_of(path: Path) -> list[str]:
+    return sorted(file.stem for file in (path.parent / "payloads").iterdir())
 
 
 def published(version: PolicyVersion) -> VersionPublished:
@@ -78,7 +82,7 @@ async def test_what_was_written_is_there_after_the_process_dies(path: Path):
 
 def test_a_run_goes_on_where_it_was(path: Path):
     first = Ledger(path)
-    granted = LeaseGranted(lease_id="0.1.0", group_id=0, slot=1, attempt=0, session_id="s")
+    granted = LeaseGranted(group_id=0, slot=1, attempt=0, session_id="s")
     first.write_blocking(
         [LineageOpened(epoch=1, step=0, max_lag=2), published(V0), *group(0), granted, stored(0, 0)]
     )
@@ -88,7 +92,7 @@ def test_a_run_goes_on_where_it_was(path: Path):
     found = second.recover()
     assert (found.run_id, found.epoch, found.next_group_id) == (run_id, 1, 1)
     assert found.versions == {V0: "of 1.0"}
-    assert found.live_leases == (("0.1.0", 0, 1),)
+    assert found.live_leases == ((0, 1, 0),)
     (open_group,) = found.open_groups
     assert open_group.task == Task("words", "train", 0, 2**64 - 1)
     assert [member.trajectory_id for member in open_group.members] == [f"{0:016x}{0:016x}"]
@@ -147,21 +151,75 @@ def test_a_new_lineage_voids_what_was_trained_after_its_checkpoint(path: Path):
     assert [g.group_id for g in found.open_groups] == [1, 2]
     assert all(g.is_ready for g in found.open_groups)
     assert ledger.totals().by_state == {"trained": 2, "pending": 4}
-    assert ledger.payloads([stored(2, 1).trajectory_id]) == [b"tokens"]
+    assert ledger.payloads(2, [stored(2, 1).trajectory_id]) == [b"tokens"]
     ledger.close()
 
 
 def test_payloads_are_deleted_once_every_kept_checkpoint_covers_them(path: Path):
-    ledger = Ledger(path)
+    ledger = Ledger(path, segment_bytes=6)
     for step in range(4):
         ledger.write_blocking([*group(step), stored(step, 0), BatchTrained(step=step, group_ids=(step,))])
+    assert segments_of(path) == ["00000001", "00000002", "00000003", "00000004"]
     for step in (1, 3):
         checkpoint = CheckpointWritten(version=PolicyVersion(1, step), path="p", digest="d", keep=2)
         ledger.write_blocking([checkpoint])
+    assert segments_of(path) == ["00000002", "00000003", "00000004"]
     with pytest.raises(LedgerError, match="payload was deleted"):
-        ledger.payloads([stored(0, 0).trajectory_id])
-    assert ledger.payloads([stored(1, 0).trajectory_id]) == [b"tokens"]
+        ledger.payloads(0, [stored(0, 0).trajectory_id])
+    assert ledger.payloads(1, [stored(1, 0).trajectory_id]) == [b"tokens"]
     ledger.close()
+
+
+def test_a_segment_stays_while_one_of_its_payloads_is_needed(path: Path):
+    ledger = Ledger(path, segment_bytes=18)
+    for step in range(4):
+        ledger.write_blocking([*group(step), stored(step, 0), BatchTrained(step=step, group_ids=(step,))])
+    for step, kept in ((2, ["00000001", "00000002"]), (3, ["00000002"])):
+        ledger.write_blocking(
+            [CheckpointWritten(version=PolicyVersion(1, step), path="p", digest="d", keep=1)]
+        )
+        assert segments_of(path) == kept
+    ledger.close()
+
+
+def test_payloads_that_no_row_names_are_deleted_at_the_start(path: Path):
+    """Of a commit that never came to be: its process died after the sync of the segment."""
+    ledger = Ledger(path)
+    ledger.write_blocking([*group(0), stored(0, 0)])
+    ledger.close()
+    orphan = path.parent / "payloads" / "00000002.segment"
+    orphan.write_bytes(b"torn")
+    again = Ledger(path)
+    assert segments_of(path) == ["00000001"]
+    again.write_blocking([stored(0, 1)])
+    assert segments_of(path) == ["00000001", "00000002"], "an older segment is not written to"
+    assert again.payloads(0, [stored(0, slot).trajectory_id for slot in (1, 0)]) == [b"tokens"] * 2
+    again.close()
+
+
+@pytest.mark.parametrize("damage", [b"tokenstokenz", b"tokens", None])
+def test_a_ledger_whose_pending_payloads_are_damaged_or_gone_is_not_started_on(
+    path: Path, damage: bytes | None
+):
+    ledger = Ledger(path)
+    ledger.write_blocking([*group(0), stored(0, 0), stored(0, 1)])
+    ledger.close()
+    (segment,) = (path.parent / "payloads").iterdir()
+    if damage is None:
+        segment.unlink()
+    else:
+        segment.write_bytes(damage)
+    with pytest.raises(LedgerError, match="must not be trained on"):
+        Ledger(path)
+
+
+def test_a_ledger_of_an_older_format_is_refused(path: Path):
+    Ledger(path).close()
+    db = apsw.Connection(str(path))
+    db.execute("UPDATE meta SET value = '3' WHERE name = 'format'")
+    db.close()
+    with pytest.raises(ConfigError, match="format is 3; this version of penstock reads 4"):
+        Ledger(path)
 
 
 def test_dropping_a_group_ends_its_pending_trajectories_only(path: Path):
@@ -177,10 +235,9 @@ def test_faults_of_a_slot_and_deaths_of_a_group_are_remembered(path: Path):
     ledger = Ledger(path)
     records: list[Record] = group(0)
     for attempt, outcome in enumerate([LeaseOutcome.DATA, LeaseOutcome.INFRASTRUCTURE, LeaseOutcome.DEAD]):
-        lease_id = f"0.0.{attempt}"
         records += [
-            LeaseGranted(lease_id=lease_id, group_id=0, slot=0, attempt=attempt, session_id=f"s{attempt}"),
-            LeaseEnded(lease_id=lease_id, outcome=outcome),
+            LeaseGranted(group_id=0, slot=0, attempt=attempt, session_id=f"s{attempt}"),
+            LeaseEnded(group_id=0, slot=0, attempt=attempt, outcome=outcome),
         ]
     ledger.write_blocking(records)
     (found,) = ledger.recover().open_groups
@@ -208,11 +265,11 @@ def test_a_payload_that_the_disk_changed_is_not_handed_out(path: Path):
     fatal: list[LedgerError] = []
     ledger = Ledger(path, on_fatal=fatal.append)
     ledger.write_blocking([*group(0), stored(0, 0), stored(0, 1)])
-    bad_disk = apsw.Connection(str(path))
-    bad_disk.execute("UPDATE payloads SET payload = ? WHERE trajectory_id = ?", (b"tokenz", stored(0, 1)[0]))
-    assert ledger.payloads([stored(0, 0).trajectory_id]) == [b"tokens"]
+    (segment,) = (path.parent / "payloads").iterdir()
+    segment.write_bytes(b"tokenstokenz")
+    assert ledger.payloads(0, [stored(0, 0).trajectory_id]) == [b"tokens"]
     with pytest.raises(LedgerError, match="must not be trained on"):
-        ledger.payloads([stored(0, 1).trajectory_id])
+        ledger.payloads(0, [stored(0, 1).trajectory_id])
     assert len(fatal) == 1, "the process must end"
     with pytest.raises(LedgerError):
         ledger.write_blocking([*group(1)])
@@ -222,9 +279,7 @@ def test_a_payload_that_the_disk_changed_is_not_handed_out(path: Path):
 def test_records_written_together_leave_what_they_leave_one_by_one(tmp_path: Path):
     """Also over the 64 rows that one statement takes, and around a record that keeps its place."""
     granted = [
-        LeaseGranted(lease_id=f"{g}.{s}.0", group_id=g, slot=s, attempt=0, session_id="s")
-        for g in range(3)
-        for s in range(50)
+        LeaseGranted(group_id=g, slot=s, attempt=0, session_id="s") for g in range(3) for s in range(50)
     ]
     records = [
         SessionOpened(session_id="s", actor_id="a", number=1),
@@ -234,8 +289,7 @@ def test_records_written_together_leave_what_they_leave_one_by_one(tmp_path: Pat
     for number, lease in enumerate(granted, start=1):
         records += [
             SequenceAdvanced("s", number),
-            stored(lease.group_id, lease.slot, lease_id=lease.lease_id),
-            LeaseEnded(lease.lease_id, LeaseOutcome.FILLED),
+            stored(lease.group_id, lease.slot),
             ItemsRefused(duplicates=1, rejected=("empty",)),
             EventLogged(kind="rejected", message=str(number), time=float(number)),
         ]
@@ -246,13 +300,13 @@ def test_records_written_together_leave_what_they_leave_one_by_one(tmp_path: Pat
         ledger = Ledger(tmp_path / name / "ledger.sqlite")
         for piece in pieces:
             ledger.write_blocking(piece)
-        tables = ("sessions", "groups", "leases", "trajectories", "payloads", "tallies", "events")
+        tables = ("sessions", "groups", "leases", "trajectories", "segments", "tallies", "events")
         db = apsw.Connection(str(ledger.path), flags=apsw.SQLITE_OPEN_READONLY)
         dumps.append({table: db.execute(f"SELECT * FROM {table}").fetchall() for table in tables})
         ledger.close()
     assert dumps[0] == dumps[1]
     assert ("s", "a", 1, 150, None) in dumps[0]["sessions"]
-    assert len(dumps[0]["payloads"]) == 100  # those of the dropped group are gone
+    assert dumps[0]["segments"] == [(1, 100)], "those of the dropped group are not counted"
 
 
 async def test_nothing_is_acknowledged_after_a_failed_commit(path: Path):

@@ -65,7 +65,7 @@ class Lifecycle(RuleBasedStateMachine):
         self.start_coordinator(trainer_lives=False)
 
     def start_coordinator(self, *, trainer_lives: bool) -> None:
-        self.ledger = Ledger(self.folder / "ledger.sqlite")
+        self.ledger = Ledger(self.folder / "ledger.sqlite", segment_bytes=1000)
         self.scheduler = make_scheduler(
             history=self.ledger,
             fleet=FleetConfig(
@@ -235,7 +235,12 @@ class Lifecycle(RuleBasedStateMachine):
             for member in group.members:
                 assert version.step - member.oldest_step <= MAX_LAG
         ids = tuple(member.trajectory_id for group in batch.groups for member in group.members)
-        assert len(self.ledger.payloads(ids)) == len(ids)
+        for group in batch.groups:
+            of_group = [member.trajectory_id for member in group.members]
+            payloads = map(
+                trajectory_pb2.Trajectory.FromString, self.ledger.payloads(group.group_id, of_group)
+            )
+            assert [payload.trajectory_id for payload in payloads] == of_group
         self.trained_lineage[version.step] = ids
         self.publish(PolicyVersion(version.epoch, version.step + 1))
 

@@ -346,7 +346,7 @@ def test_leaving_returns_leases_at_once():
     lease = acquire(scheduler, leaving, version, num=1)[0]
     scheduler.leave(leaving, "SIGTERM", 0.0)
     ended = [record for record in scheduler.take_records() if isinstance(record, LeaseEnded)]
-    assert [(record.lease_id, record.outcome) for record in ended] == [(lease.lease_id, LeaseOutcome.DRAINED)]
+    assert ended == [LeaseEnded(lease.group_id, lease.slot, lease.attempt, LeaseOutcome.DRAINED, "SIGTERM")]
     assert acquire(scheduler, staying, version, num=1)[0].slot == lease.slot
 
 

@@ -279,7 +279,7 @@ def test_a_straggler_in_a_group_also_after_resume():
         num_sessions=2,
         next_group_id=1,
         open_groups=[restored],
-        live_leases=[(missing.lease_id, missing.group_id, missing.slot)],
+        live_leases=[(missing.group_id, missing.slot, missing.attempt)],
         versions=dict(before.lineage.versions),
         now=100.0,
     )
