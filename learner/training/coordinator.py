@@ -32,7 +32,11 @@ CALL_SECONDS = 30.0
 RETRY_SECONDS = 60.0
 """For how long an unreachable coordinator is tried again."""
 _BACKOFF_SECONDS = (0.1, 2.0)
-_TRANSIENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+_TRANSIENT = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,  # by the coordinator, which ends
+)
 _FENCED = (grpc.StatusCode.ABORTED, grpc.StatusCode.FAILED_PRECONDITION)
 
 

@@ -35,8 +35,8 @@ pytestmark = needs_strace
         pytest.param("fdatasync:error=EIO:when=12", "disk I/O error", id="a sync fails once"),
         pytest.param("pwrite64:error=ENOSPC:when=150+", "disk is full", id="the disk is full"),
         pytest.param("pwrite64:error=EROFS:when=150+", "disk I/O error", id="the disk is read-only"),
-        pytest.param("writev:error=ENOSPC:when=6+", "disk is full", id="the disk is full for payloads"),
-        pytest.param("writev:error=EIO:when=6", "disk I/O error", id="a payload cannot be written"),
+        pytest.param("writev:error=ENOSPC:when=3+", "disk is full", id="the disk is full for payloads"),
+        pytest.param("writev:error=EIO:when=3", "disk I/O error", id="a payload cannot be written"),
     ],
 )
 async def test_a_disk_that_fails_ends_the_coordinator_with_its_reason(tmp_path: Path, fault: str, said: str):
