@@ -46,6 +46,7 @@ from penstock.v1 import (
     weights_pb2,
     weights_pb2_grpc,
 )
+from penstock.tasks import task_group
 from penstock.watchdog import Watchdog, watch_loop
 from penstock.weights.manifest import SharedMemoryMedium
 from penstock.weights.media.zeromq import ZeromqServer
@@ -161,7 +162,7 @@ async def _run(
 
 async def _until_stopped(coordinator: Coordinator, watchdog: Watchdog) -> None:
     stop = coordinator.stop
-    async with asyncio.TaskGroup() as tasks:
+    async with task_group() as tasks:
         tasks.create_task(watch_loop(watchdog, stop, seconds=STANDSTILL_SECONDS), name="watch-loop")
         tasks.create_task(coordinator.tick_forever(), name="tick")
         tasks.create_task(coordinator.commit_ticks(), name="commit-ticks")
