@@ -39,6 +39,7 @@ from penstock.v1 import coordinator_pb2 as pb
 from penstock.waits import Waits
 from penstock.watchdog import Watchdog
 from penstock.weights.fetch import WeightFetcher
+from penstock.weights.neighbours import Neighbours
 
 _log = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ async def _join(
         data_parallel_size=settings.data_parallel_size,
     )
     stack.push_async_callback(engine.stop)
-    fetcher = WeightFetcher()
+    fetcher = WeightFetcher(neighbours=Neighbours())
     stack.callback(fetcher.close)
     history = History(settings.history) if settings.history else None
     if history is not None:

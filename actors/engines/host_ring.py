@@ -21,12 +21,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from penstock.errors import WeightTransferError
+from penstock.weights.file_locks import open_lock, try_lock
 from penstock.weights.media.base import Patience
 from penstock.weights.segment import (
     OwnedSegment,
@@ -52,8 +52,8 @@ class HostRing:
         remove_abandoned()
         self._prefix = prefix_of(layout)
         self._num_bytes = num_bytes
-        self._members = _open_lock(segment_folder() / f"{self._prefix}.members", fcntl.LOCK_SH)
-        self._writer = _open_lock(segment_folder() / f"{self._prefix}.writer", fcntl.LOCK_UN)
+        self._members = open_lock(segment_folder() / f"{self._prefix}.members", fcntl.LOCK_SH)
+        self._writer = open_lock(segment_folder() / f"{self._prefix}.writer", fcntl.LOCK_UN)
         self._segments: dict[str, OwnedSegment] = {}
         self._held: Counter[str] = Counter()
 
@@ -75,7 +75,7 @@ class HostRing:
             deadline=time.monotonic() + timeout_seconds, abandoned=abandoned or threading.Event()
         )
         while (name := self._find(digest)) is None:
-            if _try_lock(self._writer, fcntl.LOCK_EX):
+            if try_lock(self._writer, fcntl.LOCK_EX):
                 try:
                     name = self._find(digest) or self._prepare(digest, write)
                 finally:
@@ -102,7 +102,7 @@ class HostRing:
 
     def _find(self, digest: str) -> str | None:
         for name, owned in self._present():
-            if owned.segment.digest == digest and (self._held[name] or _try_lock(owned.file, fcntl.LOCK_SH)):
+            if owned.segment.digest == digest and (self._held[name] or try_lock(owned.file, fcntl.LOCK_SH)):
                 if owned.segment.digest == digest:
                     return name
                 fcntl.flock(owned.file, fcntl.LOCK_UN)
@@ -127,7 +127,7 @@ class HostRing:
     def _free(self) -> OwnedSegment:
         """A segment that nobody holds, locked for writing; a new one if there is none."""
         for name, owned in self._present():
-            if not self._held[name] and _try_lock(owned.file, fcntl.LOCK_EX):
+            if not self._held[name] and try_lock(owned.file, fcntl.LOCK_EX):
                 return owned
         owned = create_segment(self._prefix, self._num_bytes)
         self._segments[owned.segment.name] = owned
@@ -153,27 +153,9 @@ def remove_abandoned() -> None:
 
 def _remove_if_alone(prefix: str, members: int) -> None:
     """Removes a layout's files, unless another actor uses them, or has removed them already."""
-    if not _try_lock(members, fcntl.LOCK_EX) or not os.fstat(members).st_nlink:
+    if not try_lock(members, fcntl.LOCK_EX) or not os.fstat(members).st_nlink:
         return
     for path in find_segments(prefix):
         path.unlink(missing_ok=True)
     for kind in ("writer", "members"):
         (segment_folder() / f"{prefix}.{kind}").unlink(missing_ok=True)
-
-
-def _open_lock(path: Path, operation: int) -> int:
-    """Opens and locks a file, which others may remove in between."""
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        fcntl.flock(file, operation)
-        if os.fstat(file).st_nlink:
-            return file
-        os.close(file)
-
-
-def _try_lock(file: int, operation: int) -> bool:
-    try:
-        fcntl.flock(file, operation | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -34,7 +34,7 @@ class ChunkBuffer:
         elsewhere = {} if other is None else other._chunks_by_digest()
         kept = self._held_at_same_place(blob)
         if self._data.size < blob.num_bytes:
-            data = np.zeros(blob.num_bytes, dtype=np.uint8)
+            data = self._allocate(blob.num_bytes)
             for index in kept:
                 data[blob.chunk(index)] = self._data[blob.chunk(index)]
             self._data = data
@@ -46,6 +46,9 @@ class ChunkBuffer:
                 self._data[where] = source
                 present[index] = True
         self._blob, self._present = blob, present
+
+    def show(self) -> None:
+        """The blob may be whole now: who shares buffers with others tells them."""
 
     @property
     def blob(self) -> Blob | None:
@@ -97,6 +100,10 @@ class ChunkBuffer:
                 results = list(threads.map(holds, indices, chunksize=_MANY))
         for index, result in zip(indices, results, strict=True):
             self._present[index] = result
+
+    def _allocate(self, num_bytes: int) -> NDArray[np.uint8]:
+        """Zeros."""
+        return np.zeros(num_bytes, dtype=np.uint8)
 
     def _chunks_by_digest(self) -> dict[bytes, NDArray[np.uint8]]:
         if self._blob is None:

@@ -23,6 +23,7 @@ from penstock.weights.manifest import Manifest, Medium, SharedMemoryMedium
 from penstock.weights.media.base import Patience, WeightReceiver
 from penstock.weights.media.shared_memory import SharedMemoryReceiver
 from penstock.weights.media.zeromq import ZeromqReceiver
+from penstock.weights.neighbours import Neighbours
 from penstock.weights.staged import StagedWeights
 
 _log = logging.getLogger(__name__)
@@ -36,14 +37,20 @@ class WeightFetcher:
     What `fetch` returned stays intact until the fetch after the next one.
     """
 
-    def __init__(self, receivers: Sequence[WeightReceiver] | None = None) -> None:
-        """receivers: one a medium; without them, shared memory and ZeroMQ."""
+    def __init__(
+        self, receivers: Sequence[WeightReceiver] | None = None, *, neighbours: Neighbours | None = None
+    ) -> None:
+        """
+        receivers: one a medium; without them, shared memory and ZeroMQ.
+        neighbours: fetchers of this host, to fetch over the network once for all of them.
+        """
         given = (SharedMemoryReceiver(), ZeromqReceiver()) if receivers is None else receivers
         self._receivers: dict[type[Medium], WeightReceiver] = {
             receiver.medium: receiver for receiver in given
         }
-        self._newest = ChunkBuffer()
-        self._spare = ChunkBuffer()
+        self._neighbours = neighbours
+        make_buffer = ChunkBuffer if neighbours is None else neighbours.make_buffer
+        self._newest, self._spare = make_buffer(), make_buffer()
         self._catching_up = CatchingUp()
         self._adapting = Adapting()
 
@@ -75,6 +82,8 @@ class WeightFetcher:
     def close(self) -> None:
         for receiver in self._receivers.values():
             receiver.close()
+        if self._neighbours is not None:
+            self._neighbours.close()
 
     def _in_place(self, manifest: Manifest) -> NDArray[np.uint8] | None:
         for medium in manifest.media:
@@ -95,10 +104,10 @@ class WeightFetcher:
             if receiver is None:
                 continue
             try:
-                if not isinstance(medium, SharedMemoryMedium):
-                    self._take_changes(receiver, medium, manifest, staging, patience)
-                if staging.missing():
+                if isinstance(medium, SharedMemoryMedium):
                     _fetch_over(receiver, medium, manifest, staging, patience)
+                else:
+                    self._fetch_once(receiver, medium, manifest, staging, patience)
             except WeightTransferError as error:
                 patience.check(f"version {manifest.version}")
                 failures.append(f"{type(medium).__name__}: {error}")
@@ -108,6 +117,36 @@ class WeightFetcher:
                 f"version {manifest.version}: {len(staging.missing())} of {len(manifest.chunk_digests)} chunks "
                 f"did not arrive: {'; '.join(failures) or 'no medium of it is known here'}"
             )
+
+    def _fetch_once(
+        self,
+        receiver: WeightReceiver,
+        medium: Medium,
+        manifest: Manifest,
+        staging: ChunkBuffer,
+        patience: Patience,
+    ) -> None:
+        """Over the network, unless another fetcher of this host has it or is about to."""
+        if self._neighbours is None:
+            self._fetch_remote(receiver, medium, manifest, staging, patience)
+            return
+        with self._neighbours.turn(manifest, patience):
+            self._neighbours.copy(staging)
+            if staging.missing():
+                self._fetch_remote(receiver, medium, manifest, staging, patience)
+            staging.show()
+
+    def _fetch_remote(
+        self,
+        receiver: WeightReceiver,
+        medium: Medium,
+        manifest: Manifest,
+        staging: ChunkBuffer,
+        patience: Patience,
+    ) -> None:
+        self._take_changes(receiver, medium, manifest, staging, patience)
+        if staging.missing():
+            _fetch_over(receiver, medium, manifest, staging, patience)
 
     def _take_changes(
         self,

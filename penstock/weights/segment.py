@@ -162,7 +162,7 @@ class SegmentRing:
         """The longest written first."""
         self._kept: OwnedSegment | None = None
         self.newest: Written | None = None
-        _remove_stale(name_prefix)
+        remove_stale(name_prefix)
 
     def write(self, version: PolicyVersion, tensors: Sequence[HostTensor]) -> Manifest:
         """Packs a version into the oldest segment, and describes it.
@@ -266,15 +266,20 @@ class OwnedSegment:
         os.close(self.file)
 
 
-def create_segment(prefix: str, num_bytes: int) -> OwnedSegment:
-    """Makes a segment of zeros, its pages reserved. Raises WeightTransferError when there is no room anywhere."""
+def create_segment(prefix: str, num_bytes: int, *, spill: bool = True) -> OwnedSegment:
+    """Makes a segment of zeros, its pages reserved. Raises WeightTransferError when there is no room.
+
+    spill: take the folder for temporary files where shared memory has no room.
+    """
     name = f"{prefix}.{secrets.token_hex(8)}"
     refusals = []
-    for directory in _directories():
+    for directory in _directories() if spill else _directories()[:1]:
         try:
             return _create_in(directory, name, num_bytes)
         except OSError as error:
             refusals.append(f"{directory}: {error}")
+            if not spill:
+                break
             _log.warning(
                 "%s has no room for a weight segment of %d bytes (%s); publishing takes longer elsewhere",
                 directory, num_bytes, error,
@@ -323,7 +328,7 @@ def run_prefix(run_id: str) -> str:
     return _RUN + re.sub(r"[^A-Za-z0-9_-]", "-", run_id)[:48]
 
 
-def _remove_stale(prefix: str) -> None:
+def remove_stale(prefix: str) -> None:
     """Another run's may serve its actors until its trainer is started again: they stay for a while."""
     old = [path for path in find_segments(f"{_RUN}*") if _age_seconds(path) > _ABANDONED_SECONDS]
     for path in {*find_segments(prefix), *old}:
