@@ -145,6 +145,7 @@ def test_who_waits_too_long_for_a_neighbour_fetches_for_itself(
 KILLED_IN_ITS_TURN = """
 import os, signal, sys, threading
 from penstock.trajectory import PolicyVersion
+from penstock.weights.media.base import Patience
 from penstock.weights.neighbours import Neighbours
 from penstock.weights.staged import stage
 from tests.weight_fixtures import tensors
