@@ -166,6 +166,7 @@ async def _join(
         run_id=welcome.run_id,
         heartbeat_seconds=to_seconds(welcome.heartbeat_interval),
         stop=stop,
+        stream_tokens=welcome.stream_tokens,
         waits=waits,
     )
     return actor

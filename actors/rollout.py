@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -44,6 +45,14 @@ ENGINE_SECONDS = 120.0
 """An engine that is asked for tokens, and makes none for this long, is at a standstill."""
 
 
+class PartialSource(Protocol):
+    """A rollout that is being played."""
+
+    def played(self, start: int = 0) -> Partial | None:
+        """Its tokens from `start` on; None while there are none that it sampled itself."""
+        ...
+
+
 @dataclass(slots=True)
 class Progress:
     """Totals of a running rollout; the learner extends its lease when they grow."""
@@ -54,6 +63,8 @@ class Progress:
     """Monotonic seconds from when it waits for its environment; None while it does not."""
     partial: Partial | None = None
     """Set when the rollout is cancelled: what another actor may go on from."""
+    source: PartialSource | None = None
+    """Tells what was played so far. Another one once the rollout began anew."""
 
 
 @dataclass(slots=True)
@@ -144,6 +155,7 @@ class _Rollout:
         self._description = description
         self._lease = lease
         self._progress = progress
+        progress.source = self
         self._tokens = _Tokens()
         self._recorded = Recorded(lease.partial)
         self._observation_digest = ""
@@ -250,16 +262,18 @@ class _Rollout:
 
     def _partial(self) -> Partial | None:
         """What was played so far, if a token was sampled; as it was given, if not all of that is taken yet."""
+        return self.played() if self._recorded.is_over else self._lease.partial
+
+    def played(self, start: int = 0) -> Partial | None:
         tokens, description = self._tokens, self._description
-        if not self._recorded.is_over:
-            return self._lease.partial
-        if tokens.num_sampled == 0:
+        num_sampled = sum(tokens.mask[start:])
+        if num_sampled == 0 or not self._recorded.is_over:
             return None
         return Partial(
-            token_ids=np.asarray(tokens.ids, dtype=np.int32),
-            loss_mask=np.asarray(tokens.mask, dtype=np.uint8),
-            logprobs=np.asarray(tokens.logprobs, dtype=np.float32),
-            versions=run_length(tokens.versions),
+            token_ids=np.asarray(tokens.ids[start:], dtype=np.int32),
+            loss_mask=np.asarray(tokens.mask[start:], dtype=np.uint8),
+            logprobs=np.asarray(tokens.logprobs[start:], dtype=np.float32),
+            versions=run_length(tokens.versions[-num_sampled:]),
             num_turns=self._progress.num_turns,
             cut=self._cut,
             environment_version=description.version,

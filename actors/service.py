@@ -26,6 +26,7 @@ from actors.engines.base import Engine
 from actors.install import Installer
 from actors.rollout import ENGINE_SECONDS, Player, Progress
 from actors.session import Session, translate
+from actors.streaming import Streamer
 from actors.uplink import Uplink
 from penstock.codec import checksum, lease_from_wire, partial_to_wire, trajectory_item, version_to_wire
 from penstock.errors import EngineFault, EnvironmentFault, FaultKind, NoProgress, PeerLost, PenstockError
@@ -43,6 +44,8 @@ LEASE_WAIT_SECONDS = 10.0
 _FINISH_SECONDS = 2.0
 _RETURN_SECONDS = 2.5
 _FLUSH_SECONDS = 3.0
+_PIECE_SECONDS = 0.25
+"""Between two heartbeats that bring pieces of rollouts, at the least."""
 LOOP_SECONDS = 120.0
 """An event loop that does not turn for this long is dead."""
 DRAIN_LIMIT_SECONDS = 60.0
@@ -71,7 +74,7 @@ def _checked(item: pb.SubmitItem) -> pb.SubmitItem:
     return item
 
 
-def _progress(lease_id: str, progress: Progress, now: float) -> pb.LeaseProgress:
+def _report(lease_id: str, progress: Progress, now: float) -> pb.LeaseProgress:
     message = pb.LeaseProgress(
         lease_id=lease_id, num_tokens=progress.num_tokens, num_turns=progress.num_turns
     )
@@ -109,6 +112,7 @@ class Actor:
         run_id: str,
         heartbeat_seconds: float,
         stop: Stop,
+        stream_tokens: int = 0,
         waits: Waits | None = None,
     ) -> None:
         self.session = session
@@ -120,6 +124,7 @@ class Actor:
         self._heartbeat_seconds = heartbeat_seconds
         self._stop = stop
         self.waits = waits or Waits()
+        self._streamer = Streamer(every_tokens=stream_tokens)
         self._standstill = Standstill(seconds=ENGINE_SECONDS)
         self._failure: NoProgress | None = None
         self._running: dict[str, _Running] = {}
@@ -322,18 +327,26 @@ class Actor:
                 running.task.cancel()
 
     async def _heartbeat(self) -> None:
+        """At its interval, and sooner if there is much to tell of a long rollout."""
+        due_at = 0.0
         while True:
-            await self.session.call(self._beat)
-            await asyncio.sleep(self._heartbeat_seconds)
+            if time.monotonic() >= due_at or self._streamer.is_due(self._progress()):
+                await self.session.call(self._beat)
+                due_at = time.monotonic() + self._heartbeat_seconds
+            await asyncio.sleep(min(_PIECE_SECONDS, max(due_at - time.monotonic(), 0.01)))
+
+    def _progress(self) -> dict[str, Progress]:
+        return {lease_id: running.progress for lease_id, running in self._running.items()}
 
     async def _beat(self, session_id: str) -> None:
         installed = self.installer.installed
         stats = self.engine.stats()
         waits = self.waits.summary()
         now = time.monotonic()
-        running = [_progress(lease_id, r.progress, now) for lease_id, r in self._running.items()]
+        rollouts = self._progress()
+        running = [_report(lease_id, progress, now) for lease_id, progress in rollouts.items()]
         spooled = [pb.LeaseProgress(lease_id=lease_id) for lease_id in self.uplink.held_leases()]
-        await self.session.stub.Heartbeat(
+        answer: pb.HeartbeatResponse = await self.session.stub.Heartbeat(
             pb.HeartbeatRequest(
                 session_id=session_id,
                 installed=None if installed is None else version_to_wire(installed[0]),
@@ -365,9 +378,11 @@ class Actor:
                     )
                     for name, player in self._players.items()
                 ],
+                pieces=self._streamer.pieces(rollouts),
             ),
             timeout=10.0,
         )
+        self._streamer.answered(answer.held)
         self._watch_engine(waits, stats.num_tokens)
 
     def _watch_engine(self, waits: Sequence[WaitSummary], num_tokens: int) -> None:

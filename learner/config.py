@@ -79,6 +79,11 @@ class FleetConfig:
     """Infrastructure faults after which a slot is given up."""
     data_budget: int = 2
     """Data faults after which a slot is given up."""
+    stream_tokens: int = 128
+    """An actor sends what it played of a rollout each time that has so many more sampled tokens;
+    should it die, another goes on from there. 0: never, and long rollouts begin anew."""
+    stream_bytes: int = 256 * 1024 * 1024
+    """Memory for that, 9 bytes a token. Rollouts that find no room are not kept."""
     credit_trajectories: int = 1024
     credit_bytes: int = 64 * 1024 * 1024
     reset_timeout_seconds: float = 30.0
@@ -106,8 +111,11 @@ class FleetConfig:
         ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"fleet.{name} is {getattr(self, name)}; expected more than 0")
+        if self.stream_tokens < 0:
+            raise ConfigError(f"fleet.stream_tokens is {self.stream_tokens}; expected 0 (never) or more")
         for name in (
             "max_actors",
+            "stream_bytes",
             "infrastructure_budget",
             "data_budget",
             "credit_trajectories",

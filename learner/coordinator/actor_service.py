@@ -16,6 +16,7 @@ from learner.coordinator.intake import Intake
 from learner.coordinator.leases import RolloutReport
 from learner.coordinator.publications import Publications
 from learner.coordinator.refusals import refusals
+from learner.coordinator.streams import Piece
 from penstock import PROTOCOL
 from penstock.codec import install_mode_to_wire, lease_to_wire, version_from_wire, version_to_wire
 from penstock.errors import ProtocolError
@@ -52,6 +53,7 @@ class Welcome:
             step_timeout=to_duration(self.config.step_timeout_seconds),
             truncation_reward=self.truncation_reward,
             install_mode=install_mode_to_wire(self.config.install_mode),
+            stream_tokens=self.config.stream_tokens,
         )
 
     @property
@@ -129,7 +131,20 @@ class ActorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 uses=[_use(use) for use in request.environments if use.name in self._names],
             )
             newest = self._scheduler.version
-            return pb.HeartbeatResponse(newest=None if newest is None else version_to_wire(newest))
+            return pb.HeartbeatResponse(
+                newest=None if newest is None else version_to_wire(newest),
+                held=self._keep_pieces(request),
+            )
+
+    def _keep_pieces(self, request: pb.HeartbeatRequest) -> list[pb.HeldPieces]:
+        pieces = [
+            Piece(piece.lease_id, piece.start, piece.partial, piece.checksum) for piece in request.pieces
+        ]
+        held = self._scheduler.keep_pieces(request.session_id, pieces, self._coordinator.clock())
+        return [
+            pb.HeldPieces(lease_id=piece.lease_id, num_tokens=number or 0, enough=number is None)
+            for piece, number in zip(pieces, held, strict=True)
+        ]
 
     async def AcquireLeases(  # noqa: N802
         self, request: pb.AcquireLeasesRequest, context: grpc.aio.ServicerContext[Any, Any]

@@ -16,6 +16,7 @@ from learner.coordinator.journal import Journal
 from learner.coordinator.leases import LeaseTable, LiveLease
 from learner.coordinator.records import GroupDropped, LeaseEnded, TrajectoryState
 from learner.coordinator.sieve import Sieve
+from learner.coordinator.streams import Streams
 from penstock.trajectory import PolicyVersion
 
 DEATHS_BEFORE_QUARANTINE = 3
@@ -26,9 +27,16 @@ class Board:
     """Open groups by id, those that were closed lately, and live leases."""
 
     def __init__(
-        self, *, fleet: FleetConfig, admission: Admission, journal: Journal, sieve: Sieve | None = None
+        self,
+        *,
+        fleet: FleetConfig,
+        admission: Admission,
+        streams: Streams,
+        journal: Journal,
+        sieve: Sieve | None = None,
     ) -> None:
         self.groups: dict[int, Group] = {}
+        self.streams = streams
         self.leases = LeaseTable(progress_timeout=fleet.progress_timeout_seconds)
         self.assigned: Batch | None = None
         """What the trainer works on: its groups are on the board still, and closed to actors."""
@@ -101,6 +109,7 @@ class Board:
         self, lease: LiveLease, outcome: LeaseOutcome, *, message: str = "", revoke: str = ""
     ) -> None:
         self.leases.end(lease.lease_id)
+        self.streams.discard(lease.lease_id)
         if outcome is not LeaseOutcome.FILLED:
             ended = LeaseEnded(lease.group_id, lease.slot, lease.attempt, outcome, message[:500])
             self._journal.record(ended)

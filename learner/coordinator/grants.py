@@ -123,7 +123,7 @@ class Grants:
     ) -> Lease:
         slot = group.slots[number]
         if handed_over is not None:
-            # Once: should this lease come to nothing, what it went on from may be the cause.
+            # Once: should this lease come to a fault, what it went on from may be the cause.
             slot.handed_over = None
             self.num_continued += 1
         attempt = slot.next_attempt
@@ -134,6 +134,7 @@ class Grants:
         )
         slot.lease_ids.append(lease.lease_id)
         self._outages.leased(group.task.environment, lease.lease_id)
+        lease.continues = handed_over
         self._journal.record(
             LeaseGranted(group_id=group.group_id, slot=number, attempt=attempt, session_id=session_id)
         )

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from learner.coordinator.groups import HandedOver
+
 
 def lease_name(group_id: int, slot: int, attempt: int) -> str:
     """What a lease is called on the wire."""
@@ -35,6 +37,8 @@ class LiveLease:
     num_tokens: int = 0
     num_turns: int = 0
     progress_at: float = 0.0
+    continues: HandedOver | None = None
+    """The partial rollout, in the ledger, that it went on from."""
     environment_seconds: float = 0.0
     """For how long it has waited for its environment, as its actor told last; 0 if it does not."""
 

@@ -29,10 +29,14 @@ class _RunCollector(Collector):
         yield _gauge("penstock_actors", "Connected actors.", len(coordinator.scheduler.fleet))
         yield _gauge("penstock_actors_wanted", "Actors like these that the learner could use.",
                      coordinator.actors_wanted())  # fmt: skip
-        yield _gauge("penstock_rollouts_handed_over", "Partial rollouts of leaving actors that were kept.",
+        yield _gauge("penstock_rollouts_handed_over", "Partial rollouts of lost actors that were kept.",
                      totals.handed_over)  # fmt: skip
         yield _gauge("penstock_rollouts_continued", "Leases that went on from one, since the start.",
                      coordinator.scheduler.grants.num_continued)  # fmt: skip
+        streams = coordinator.scheduler.board.streams
+        yield _gauge("penstock_streamed_bytes", "Of rollouts that are being played.", streams.num_bytes)
+        yield _gauge("penstock_streams_refused", "Rollouts that found no room there, since the start.",
+                     streams.num_refused)  # fmt: skip
         yield _gauge("penstock_tokens_per_second", "Sampled by all actors.", coordinator.tokens_per_second())
         yield _gauge(
             "penstock_groups_open", "Groups leased and not trained.", len(coordinator.scheduler.groups)

@@ -31,7 +31,7 @@ from learner.coordinator.decisions import (
 from learner.coordinator.demand import Demand
 from learner.coordinator.fleet import ActorInfo, EnvironmentUse, Fleet, ReportedStats, Session
 from learner.coordinator.grants import Grants
-from learner.coordinator.groups import Filled, Group, LeaseOutcome
+from learner.coordinator.groups import Filled, Group, HandedOver, LeaseOutcome
 from learner.coordinator.journal import Journal
 from learner.coordinator.known_ids import KnownIds
 from learner.coordinator.leases import LeaseTable, LiveLease, RolloutReport, parse_lease_name
@@ -50,6 +50,7 @@ from learner.coordinator.records import (
 )
 from learner.coordinator.sieve import Sieve
 from learner.coordinator.stragglers import Stragglers
+from learner.coordinator.streams import Piece, Streams
 from learner.coordinator.submissions import Submission
 from learner.coordinator.tasks import TaskOrder
 from learner.coordinator.validation import Limits, Rejected, RejectionCode
@@ -96,7 +97,13 @@ class Scheduler:
         self._known = KnownIds()
         self._journal = Journal(wall_clock)
         admission = Admission(schedule)
-        self.board = Board(fleet=fleet, admission=admission, journal=self._journal, sieve=sieve)
+        self.board = Board(
+            fleet=fleet,
+            admission=admission,
+            streams=Streams(max_bytes=fleet.stream_bytes, max_tokens=limits.max_context),
+            journal=self._journal,
+            sieve=sieve,
+        )
         self.lineage = Lineage(schedule=schedule, board=self.board, journal=self._journal)
         self.outages = Outages(
             environments=tasks.environments, config=breaker, board=self.board, journal=self._journal
@@ -226,6 +233,16 @@ class Scheduler:
                 )
                 self.board.end_lease(lease, LeaseOutcome.EXPIRED, message="lost on the way to the actor")
 
+    def keep_pieces(self, session_id: str, pieces: Sequence[Piece], now: float) -> list[int | None]:
+        """Of each piece's lease: the tokens that are held of it; None if no more are wanted."""
+        self.fleet.require(session_id, now)
+        held: list[int | None] = []
+        for piece in pieces:
+            lease = self.leases.get(piece.lease_id)
+            is_own = lease is not None and lease.session_id == session_id
+            held.append(self.board.streams.keep(piece) if is_own else None)
+        return held
+
     def leave(self, session_id: str, reason: str, now: float) -> None:
         session = self.fleet.require(session_id, now)
         self._end_session(session, LeaseOutcome.DRAINED, reason or "left")
@@ -253,6 +270,7 @@ class Scheduler:
             self._journal.event(
                 "expired", f"lease {lease.lease_id}: no progress for {now - lease.progress_at:.0f} s"
             )
+            self._keep_streamed([lease], f"lease {lease.lease_id}")
             self.board.end_lease(lease, LeaseOutcome.EXPIRED, revoke="no progress")
             self.outages.expired(lease, now)
         self.outages.tick(now)
@@ -360,22 +378,39 @@ class Scheduler:
         if lease is not None and lease.session_id == session_id:
             if partial is not None and outcome is LeaseOutcome.DRAINED:
                 self._take_over(lease, partial)
+            elif outcome in (LeaseOutcome.DRAINED, LeaseOutcome.ENGINE):
+                self._keep_streamed([lease], f"lease {lease.lease_id}")
             self.board.end_lease(lease, outcome, message=message)
             if outcome in _FAULTS:
                 self.demand.lease_ended(now - lease.granted_at, filled=False)
                 self._count_fault(session, lease, outcome, message, now)
 
-    def _take_over(self, lease: LiveLease, partial: SentPartial) -> None:
-        """Keeps what a leaving actor played, unless its group is closed or it is unsound."""
+    def _keep_streamed(self, leases: Sequence[LiveLease], whose: str) -> None:
+        """Keeps what was told of rollouts that come to nothing: the slots' next leases go on from it."""
+        num_kept = num_tokens = num_told = 0
+        for lease in leases:
+            streamed = self.board.streams.take(lease.lease_id)
+            kept = None if streamed is None else self._take_over(lease, streamed)
+            if kept is not None:
+                num_kept, num_tokens = num_kept + 1, num_tokens + kept.num_tokens
+                num_told += lease.num_tokens
+        if num_kept:
+            self._journal.event(
+                "kept",
+                f"{num_kept} rollouts of {whose}, with {num_tokens} of the {num_told} tokens that it told of",
+            )
+
+    def _take_over(self, lease: LiveLease, partial: SentPartial) -> HandedOver | None:
+        """Keeps what was played elsewhere, unless its group is closed or it is unsound."""
         group = self.groups.get(lease.group_id)
         if group is None or group.slots[lease.slot].filled is not None:
-            return
+            return None
         try:
             kept = partials.check(partial, self.limits, self.lineage.versions, group, self.epoch)
         except Rejected as rejected:
             self._journal.record(ItemsRefused(rejected=(rejected.code,)))
             self._journal.event("rejected", f"partial rollout of lease {lease.lease_id}: {rejected}")
-            return
+            return None
         group.slots[lease.slot].handed_over = kept
         self._journal.record(
             PartialStored(
@@ -387,6 +422,7 @@ class Scheduler:
                 num_tokens=kept.num_tokens,
             )
         )
+        return kept
 
     def _advance(self, session: Session, sequence: int) -> bool:
         """Notes an item's number; False if it was decided upon before. Raises SequenceGap."""
@@ -507,10 +543,16 @@ class Scheduler:
     # -- ending things ----------------------------------------------------------------------
 
     def _end_session(self, session: Session, outcome: LeaseOutcome, reason: str) -> None:
-        for lease in self.leases.of_session(session.session_id):
+        leases = self.leases.of_session(session.session_id)
+        self._keep_streamed(leases, session.info.actor_id)
+        for lease in leases:
             group = self.groups.get(lease.group_id)
-            if group is not None and outcome is LeaseOutcome.DEAD:
-                group.deaths.add(session.session_id)
+            if group is not None:
+                slot = group.slots[lease.slot]
+                # No fault: what it went on from may be gone on from again.
+                slot.handed_over = slot.handed_over or lease.continues
+                if outcome is LeaseOutcome.DEAD:
+                    group.deaths.add(session.session_id)
             self.board.end_lease(lease, outcome, message=reason)
         self.fleet.remove(session.session_id)
         self._journal.record(SessionClosed(session_id=session.session_id, reason=reason))

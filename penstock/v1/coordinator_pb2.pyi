@@ -290,6 +290,7 @@ class JoinResponse(_message.Message):
     STEP_TIMEOUT_FIELD_NUMBER: _builtins.int
     TRUNCATION_REWARD_FIELD_NUMBER: _builtins.int
     INSTALL_MODE_FIELD_NUMBER: _builtins.int
+    STREAM_TOKENS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     run_id: _builtins.str
     truncation_reward: _builtins.float
@@ -297,6 +298,8 @@ class JoinResponse(_message.Message):
     done. Unset: such an episode has no reward, and its lease is released as DATA.
     """
     install_mode: Global___InstallMode.ValueType
+    stream_tokens: _builtins.int
+    """Send a piece of a rollout each time it has so many more sampled tokens. 0: never."""
     @_builtins.property
     def heartbeat_interval(self) -> _duration_pb2.Duration: ...
     @_builtins.property
@@ -328,10 +331,11 @@ class JoinResponse(_message.Message):
         step_timeout: _duration_pb2.Duration | None = ...,
         truncation_reward: _builtins.float | None = ...,
         install_mode: Global___InstallMode.ValueType = ...,
+        stream_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_truncation_reward", b"_truncation_reward", "credits", b"credits", "heartbeat_interval", b"heartbeat_interval", "policy_files", b"policy_files", "reset_timeout", b"reset_timeout", "step_timeout", b"step_timeout", "truncation_reward", b"truncation_reward"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_truncation_reward", b"_truncation_reward", "credits", b"credits", "environments", b"environments", "heartbeat_interval", b"heartbeat_interval", "install_mode", b"install_mode", "policy_files", b"policy_files", "reset_timeout", b"reset_timeout", "run_id", b"run_id", "session_id", b"session_id", "step_timeout", b"step_timeout", "truncation_reward", b"truncation_reward"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_truncation_reward", b"_truncation_reward", "credits", b"credits", "environments", b"environments", "heartbeat_interval", b"heartbeat_interval", "install_mode", b"install_mode", "policy_files", b"policy_files", "reset_timeout", b"reset_timeout", "run_id", b"run_id", "session_id", b"session_id", "step_timeout", b"step_timeout", "stream_tokens", b"stream_tokens", "truncation_reward", b"truncation_reward"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__truncation_reward: _TypeAlias = _typing.Literal["truncation_reward"]  # noqa: Y015
     _WhichOneofArgType__truncation_reward: _TypeAlias = _typing.Literal["_truncation_reward", b"_truncation_reward"]  # noqa: Y015
@@ -587,6 +591,7 @@ class HeartbeatRequest(_message.Message):
     NUM_UNACKNOWLEDGED_FIELD_NUMBER: _builtins.int
     WAITS_FIELD_NUMBER: _builtins.int
     ENVIRONMENTS_FIELD_NUMBER: _builtins.int
+    PIECES_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     num_unacknowledged: _builtins.int
     """Items in the spool that are not acknowledged."""
@@ -608,6 +613,8 @@ class HeartbeatRequest(_message.Message):
 
     @_builtins.property
     def environments(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvironmentUse]: ...
+    @_builtins.property
+    def pieces(self) -> _containers.RepeatedCompositeFieldContainer[Global___PartialPiece]: ...
     def __init__(
         self,
         *,
@@ -618,32 +625,101 @@ class HeartbeatRequest(_message.Message):
         num_unacknowledged: _builtins.int = ...,
         waits: _abc.Iterable[Global___ActorWait] | None = ...,
         environments: _abc.Iterable[Global___EnvironmentUse] | None = ...,
+        pieces: _abc.Iterable[Global___PartialPiece] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["installed", b"installed", "stats", b"stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["environments", b"environments", "installed", b"installed", "num_unacknowledged", b"num_unacknowledged", "progress", b"progress", "session_id", b"session_id", "stats", b"stats", "waits", b"waits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["environments", b"environments", "installed", b"installed", "num_unacknowledged", b"num_unacknowledged", "pieces", b"pieces", "progress", b"progress", "session_id", b"session_id", "stats", b"stats", "waits", b"waits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HeartbeatRequest: _TypeAlias = HeartbeatRequest  # noqa: Y015
 
 @_typing.final
+class PartialPiece(_message.Message):
+    """What was played of a long rollout since the last piece. Should its actor die, another goes on
+    from there.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    PARTIAL_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.str
+    start: _builtins.int
+    """Tokens that the learner holds of this lease: the piece begins after them. 0 begins anew."""
+    partial: _builtins.bytes
+    """A Partial: arrays and versions of the tokens from `start` on; all else as it is now."""
+    checksum: _builtins.int
+    """XXH3 (64 bits) of `partial`."""
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.str = ...,
+        start: _builtins.int = ...,
+        partial: _builtins.bytes = ...,
+        checksum: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "lease_id", b"lease_id", "partial", b"partial", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PartialPiece: _TypeAlias = PartialPiece  # noqa: Y015
+
+@_typing.final
+class HeldPieces(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    ENOUGH_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.str
+    num_tokens: _builtins.int
+    """The next piece is to begin here. Not where the last one ended: it was not kept."""
+    enough: _builtins.bool
+    """No more pieces of this lease are wanted."""
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.str = ...,
+        num_tokens: _builtins.int = ...,
+        enough: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["enough", b"enough", "lease_id", b"lease_id", "num_tokens", b"num_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldPieces: _TypeAlias = HeldPieces  # noqa: Y015
+
+@_typing.final
 class HeartbeatResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NEWEST_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def newest(self) -> _trajectory_pb2.PolicyVersion:
         """The newest published version, should the Watch stream have missed it."""
+
+    @_builtins.property
+    def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldPieces]:
+        """One for each lease that the request had a piece of."""
 
     def __init__(
         self,
         *,
         newest: _trajectory_pb2.PolicyVersion | None = ...,
+        held: _abc.Iterable[Global___HeldPieces] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["newest", b"newest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["newest", b"newest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "newest", b"newest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -97,6 +97,11 @@ def observation_of(task: Task) -> str:
     return hashlib.sha256(repr(task).encode()).hexdigest()
 
 
+def token_of(version: PolicyVersion) -> int:
+    """What the scripted engine samples under a version."""
+    return 1 + version.step % 7
+
+
 class ScriptedEngine:
     """Holds versions, and generates nothing by itself."""
 
@@ -113,14 +118,14 @@ class ScriptedEngine:
     async def start(self) -> None: ...
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
-        """As many tokens as the request allows, one a tick."""
+        """As many tokens as the request allows, one a tick. Each tells which version it is of."""
         last = request.sampling.max_tokens - 1
         for number in range(last + 1):
             await asyncio.sleep(self._script.token_seconds)
             assert self.installed is not None
             self.num_tokens += 1
             yield GenerationChunk(
-                token_ids=(1 + (len(request.prompt_ids) + number) % 7,),
+                token_ids=(token_of(self.installed),),
                 logprobs=(-1.5,),
                 version=self.installed,
                 stop_reason=StopReason.LENGTH if number == last else None,
@@ -269,6 +274,7 @@ class ScriptedActor:
             run_id=welcome.run_id,
             heartbeat_seconds=to_seconds(welcome.heartbeat_interval),
             stop=self.stop,
+            stream_tokens=welcome.stream_tokens,
             waits=waits,
         )
         return self.actor

@@ -35,7 +35,8 @@ async def serving(
         )
         try:
             async with asyncio.timeout(60):
-                yield f"127.0.0.1:{await port}"
+                bound = await port
+            yield f"127.0.0.1:{bound}"
         finally:
             stop.set("the test is over")
 
