@@ -38,6 +38,7 @@ from penstock.codec import manifest_from_wire
 from penstock.errors import ConfigError, EnvironmentFault, LedgerError, Stopped
 from penstock.policy_files import PolicyFolder, read_policy_folder
 from penstock.signals import Stop
+from penstock.tasks import task_group
 from penstock.v1 import (
     coordinator_pb2,
     coordinator_pb2_grpc,
@@ -46,7 +47,6 @@ from penstock.v1 import (
     weights_pb2,
     weights_pb2_grpc,
 )
-from penstock.tasks import task_group
 from penstock.watchdog import Watchdog, watch_loop
 from penstock.weights.manifest import SharedMemoryMedium
 from penstock.weights.media.zeromq import ZeromqServer
