@@ -17,6 +17,7 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +54,8 @@ def main(argv: Sequence[str]) -> int:
         settings, policy=settings.policy.resolve(), run_dir=settings.run_dir.resolve()
     )
     read_policy_folder(settings.policy)
-    return uvloop.run(_supervise(settings))
+    status = uvloop.run(_supervise(settings))
+    return status if status >= 0 else 128 - status
 
 
 async def _supervise(settings: RunConfig) -> int:
@@ -163,20 +165,25 @@ class _Programs:
             return 0
         status, is_complete = 0, False
         if self._trainer is not None:
-            if self._coordinator.status == 0:
-                # It ends by itself only after the run: the trainer is on its way out too.
-                await self._trainer.wait_at_most(_TRAINER_GRACE_SECONDS)
-            is_complete = self._trainer.status == 0 and not self._stop.is_set()
-            status = await self._trainer.stop(grace_seconds=_TRAINER_GRACE_SECONDS)
+            is_complete = await self._is_complete(self._trainer, self._coordinator)
+            status = await end_of(self._trainer, grace_seconds=_TRAINER_GRACE_SECONDS)
             if is_complete:
                 await _farewell(self._coordinator)
-        coordinator_status = await self._coordinator.stop(grace_seconds=_COORDINATOR_GRACE_SECONDS)
+        coordinator_status = await end_of(self._coordinator, grace_seconds=_COORDINATOR_GRACE_SECONDS)
         if coordinator_status == LedgerError.exit_status:
             return coordinator_status
-        if is_complete and coordinator_status < 0:
-            _log.warning("the run is complete, but its coordinator was killed before all actors heard of it")
+        if is_complete and min(status, coordinator_status) < 0:
+            _log.warning("the run is complete, but one of its programs had to be killed")
             return 0
         return status or coordinator_status
+
+    async def _is_complete(self, trainer: Child, coordinator: Child) -> bool:
+        """Whether the run is: the trainer ended in order, or is on its way out after the coordinator."""
+        if coordinator.status == 0:
+            # It ends by itself only after the run.
+            await trainer.wait_at_most(_TRAINER_GRACE_SECONDS)
+            return True
+        return trainer.status == 0 and not self._stop.is_set()
 
     async def _start_coordinator(self) -> bool:
         """Starts it on the port that it had, if it had one. False if it does not get ready."""
@@ -213,6 +220,14 @@ async def _first_to_end(trainer: Child, coordinator: Child, stop: Stop) -> None:
         for wait in waits:
             wait.cancel()
         await asyncio.wait(waits)
+
+
+async def end_of(child: Child, *, grace_seconds: float) -> int:
+    """Stops a program and returns its exit status. Our SIGTERM may find one that does not listen yet, or no more:
+    then it has ended in order too."""
+    was_running = child.status is None
+    status = await child.stop(grace_seconds=grace_seconds)
+    return 0 if was_running and status == -signal.SIGTERM else status
 
 
 async def _farewell(coordinator: Child) -> None:

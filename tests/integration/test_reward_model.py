@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from learner.coordinator import segments, tables
 from learner.offline.main import main
 from penstock.v1 import trajectory_pb2
 
@@ -32,8 +33,9 @@ def trained_rewards(run: Cluster, tokenizer_folder: Path) -> dict[tuple[str, str
     """What the ledger has for each prompt and answer that was trained on."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     found = {}
-    joined = "SELECT payload FROM trajectories JOIN payloads USING (trajectory_id) WHERE state = 'trained'"
-    for (payload,) in run.rows(joined):
+    kept = "SELECT segment, offset, num_bytes, checksum FROM trajectories WHERE state = 'trained'"
+    for payload in segments.read(run.run_dir / segments.FOLDER, tables.places(run.rows(kept))):
+        assert payload is not None
         trajectory = trajectory_pb2.Trajectory.FromString(payload)
         ids = torch.frombuffer(bytearray(trajectory.token_ids), dtype=torch.int32)
         sampled = torch.frombuffer(bytearray(trajectory.loss_mask), dtype=torch.uint8).bool()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from learner.main import MOST_RESTARTS, Restarts, steps_done
+from learner.main import MOST_RESTARTS, Restarts, end_of, steps_done
 from penstock.errors import PenstockError
+from penstock.processes import Child
 
 
 def write_step(metrics: Path, step: int) -> None:
@@ -46,3 +48,26 @@ def test_a_torn_line_of_metrics_is_no_step(tmp_path: Path):
     with metrics.open("a") as file:
         file.write('{"step": 4')
     assert steps_done(metrics) == 3
+
+
+async def python(code: str) -> Child:
+    return await Child.start("child", [sys.executable, "-c", code])
+
+
+async def test_a_program_that_does_not_listen_for_our_signal_ends_in_order_all_the_same():
+    assert await end_of(await python("import time; time.sleep(60)"), grace_seconds=30.0) == 0
+
+
+async def test_a_signal_that_was_not_ours_and_any_other_status_are_told():
+    killed = await python("import os, signal; os.kill(os.getpid(), signal.SIGTERM)")
+    await killed.wait()
+    assert await end_of(killed, grace_seconds=30.0) == -15
+    listening = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))\n"
+        "print('ready', flush=True)\n"
+        "signal.pause()"
+    )
+    failed = await Child.start("child", [sys.executable, "-c", listening], capture=True)
+    await failed.ready_line("ready", timeout_seconds=60.0)
+    assert await end_of(failed, grace_seconds=30.0) == 3
