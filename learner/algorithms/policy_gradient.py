@@ -65,7 +65,7 @@ def policy_gradient_loss(row: RowTerms, parts: Parts) -> tuple[torch.Tensor, dic
         losses_S, limited_S = torch.where(row.keep_S, losses_S, 0.0), limited_S | ~row.keep_S
     sums = ratio_health(row.anchor_S, row.behaviour_S) | limit_health(limited_S, row.advantages_S)
     sums["clipped_sum"] = clipped_S.sum()
-    sums["tokens_sum"] = row.advantages_S.new_tensor(row.advantages_S.numel(), dtype=torch.float64)
+    sums["tokens_sum"] = torch.ones_like(row.advantages_S, dtype=torch.float64).sum()
     if parts.divergence is not None and row.reference_S is not None:
         divergence_S = parts.divergence(row.logprobs_S, row.reference_S)
         losses_S = losses_S + parts.kl_coefficient * divergence_S

@@ -24,7 +24,9 @@ class Sequences:
     def of(cls, lengths: Sequence[int], device: torch.device | None = None) -> Sequences:
         """Sequences that stand one after another."""
         lengths_N = torch.tensor(lengths, dtype=torch.int64)
-        return cls(index_S=torch.repeat_interleave(lengths_N).to(device), lengths_N=lengths_N.to(device))
+        on_device_N = lengths_N.to(device, non_blocking=True)
+        index_S = torch.repeat_interleave(on_device_N, output_size=sum(lengths))
+        return cls(index_S=index_S, lengths_N=on_device_N)
 
     def sum(self, values_S: torch.Tensor) -> torch.Tensor:
         """[S] to [N]: the sum over each sequence's tokens."""

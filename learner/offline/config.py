@@ -27,6 +27,8 @@ class OfflineConfig:
     """Optimiser steps; 0 takes `num_epochs` passes, anything else ends or goes on regardless of them."""
     row_tokens: int = 4096
     """Token budget of a packed row. A longer example has a row of its own."""
+    rows_per_pass: int = 1
+    """Rows that go through the model together, as in `[training]`."""
     seed: int = 0
     num_ranks: int = 1
     """Processes on this host; FSDP2 shards the policy over them."""
@@ -36,7 +38,8 @@ class OfflineConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
-        for name, least in (("num_epochs", 1), ("num_steps", 0), ("num_ranks", 1), ("row_tokens", 16)):
+        least_of = {"num_epochs": 1, "num_steps": 0, "num_ranks": 1, "row_tokens": 16, "rows_per_pass": 1}
+        for name, least in least_of.items():
             require_at_least(self, name, least)
 
 

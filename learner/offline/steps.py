@@ -45,6 +45,7 @@ def make_updater(policy: Policy, ranks: Ranks, config: OfflineConfig, optimizer:
         make_optimizer(policy, optimizer),
         ranks,
         row_tokens=config.row_tokens,
+        rows_per_pass=config.rows_per_pass,
         max_grad_norm=optimizer.max_grad_norm,
     )
 

@@ -112,6 +112,9 @@ class TrainingConfig:
     precision: Precision = Precision.FLOAT32
     row_tokens: int = 4096
     """Token budget of a packed row. A longer trajectory has a row of its own."""
+    rows_per_pass: int = 1
+    """Rows, at most, that go through the model together. More take more memory and keep a GPU busy: aim at 16,384
+    tokens a pass or more."""
     activation_checkpointing: bool = False
     """Keep only each block's input for the backward pass, and compute the rest again."""
     compile: bool = False
@@ -131,3 +134,5 @@ class TrainingConfig:
                 )
         if self.row_tokens < 16:
             raise ConfigError(f"training.row_tokens is {self.row_tokens}; expected at least 16")
+        if self.rows_per_pass < 1:
+            raise ConfigError(f"training.rows_per_pass is {self.rows_per_pass}; expected at least 1")

@@ -43,6 +43,19 @@ def make_optimizer(policy: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     )
 
 
-def clip_gradients(policy: nn.Module, *, max_norm: float) -> float:
+def clip_gradients(policy: nn.Module, *, max_norm: float) -> torch.Tensor:
     """Scales gradients down to a global norm; returns the norm before that, which may not be finite."""
-    return float(whole(nn.utils.clip_grad_norm_(policy.parameters(), max_norm, foreach=True)))
+    return whole(nn.utils.clip_grad_norm_(policy.parameters(), max_norm, foreach=True))
+
+
+def step_if(optimizer: torch.optim.Optimizer, is_finite: torch.Tensor, *, learning_rate: float) -> None:
+    """Takes the step if the flag is set, and changes nothing otherwise.
+
+    is_finite: a bool on the device. The host does not read it, so that a GPU has the step queued behind
+    the backward pass instead of waiting until the host knows.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    # What torch's loss scaler sets: the fused kernel reads it and does nothing where it is 1.
+    optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+    optimizer.step()

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from learner.training.transfer import to_device
 from penstock.trajectory import TokenIds
 
 ScalarT = TypeVar("ScalarT", bound=np.generic)
@@ -66,7 +67,7 @@ class PackedRow:
     def gather(self, values: Sequence[NDArray[Any]]) -> torch.Tensor:
         """Joins one [S] array a sequence, given for the whole batch, into the row's [S]."""
         parts = [values[member] for member in self.members]
-        return torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0, np.float32)).to(self.device)
+        return to_device(np.concatenate(parts) if parts else np.zeros(0, np.float32), self.device)
 
 
 def plan_rows(
@@ -88,6 +89,15 @@ def plan_rows(
         rows = packed + [[] for _ in range(num_rows - len(packed))]
     rows.sort(key=lambda row: -sum(costs[index] for index in row))
     return [[tuple(row) for row in rows[rank::num_ranks]] for rank in range(num_ranks)]
+
+
+def join_rows(rows: Sequence[tuple[int, ...]], *, rows_per_pass: int) -> list[tuple[int, ...]]:
+    """Rows that go through the model together, end to end: at most so many, in as few passes as that allows.
+
+    Passes get about the same share of the rows, which stand in the order of their cost.
+    """
+    num_passes = -(-len(rows) // rows_per_pass)
+    return [tuple(member for row in rows[first::num_passes] for member in row) for first in range(num_passes)]
 
 
 def _cost(length: int, hidden_size: int) -> int:
@@ -141,10 +151,10 @@ def pack(sequences: Sequence[TokenSequence], members: Sequence[int], device: tor
     return PackedRow(
         members=tuple(ordered),
         lengths=tuple(lengths),
-        token_ids_T=torch.from_numpy(token_ids_T).to(device),
-        positions_T=torch.from_numpy(positions_T).to(device),
-        predictors_S=torch.from_numpy(sampled_S - 1).to(device),
-        targets_S=torch.from_numpy(token_ids_T[sampled_S]).to(device),
+        token_ids_T=to_device(token_ids_T, device),
+        positions_T=to_device(positions_T, device),
+        predictors_S=to_device(sampled_S - 1, device),
+        targets_S=to_device(token_ids_T[sampled_S], device),
     )
 
 

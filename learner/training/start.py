@@ -138,6 +138,7 @@ def make_updater(config: RunConfig, ranks: Ranks) -> Updater:
         make_optimizer(policy, training.optimizer),
         ranks,
         row_tokens=training.row_tokens,
+        rows_per_pass=training.rows_per_pass,
         max_grad_norm=training.optimizer.max_grad_norm,
         temperature=config.sampling.temperature,
     )
@@ -160,6 +161,7 @@ def make_critic(config: RunConfig, ranks: Ranks) -> Critic | None:
         make_optimizer(model, training.optimizer),
         ranks,
         row_tokens=training.row_tokens,
+        rows_per_pass=training.rows_per_pass,
         max_grad_norm=training.optimizer.max_grad_norm,
     )
     rate = recipe.critic_learning_rate

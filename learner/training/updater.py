@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from learner.algorithms.sums import Sums, add_sums
-from learner.training.optimizer import clip_gradients
-from learner.training.packing import PackedRow, TokenSequence, pack, plan_rows
+from learner.training.optimizer import clip_gradients, step_if
+from learner.training.packing import PackedRow, TokenSequence, join_rows, pack, plan_rows
 from learner.training.parallel import Ranks, accumulate, local, reshard
 from learner.training.policy import Policy, TokenScores
+from learner.training.transfer import HostCopy, to_device
 
 Objective = Callable[[PackedRow, TokenScores], tuple[torch.Tensor, Sums]]
 """A row's share of the update's loss, and its sums. Rows of a rank are added, ranks too."""
@@ -45,12 +46,14 @@ class Updater:
         *,
         row_tokens: int,
         max_grad_norm: float,
+        rows_per_pass: int = 1,
         temperature: float = 1.0,
     ) -> None:
         self.policy = policy
         self.optimizer = optimizer
         self.ranks = ranks
         self._row_tokens = row_tokens
+        self._rows_per_pass = rows_per_pass
         self._max_grad_norm = max_grad_norm
         self._temperature = temperature
         self._hidden_size: int = policy.causal_lm.get_input_embeddings().weight.shape[1]
@@ -64,15 +67,15 @@ class Updater:
         for index, row in enumerate(rows):
             accumulate(self.policy, self.ranks, is_last=index + 1 == len(rows))
             parts.append(self._backward(row, objective))
-        totals = self._total(add_sums(parts))
-        grad_norm = clip_gradients(self.policy, max_norm=self._max_grad_norm)
-        report = UpdateReport(loss=totals.pop("loss_sum"), grad_norm=grad_norm, sums=totals)
-        if report.is_finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
-            self.optimizer.step()
+        names, totals = self._totals(add_sums(parts))
+        grad_norm = clip_gradients(self.policy, max_norm=self._max_grad_norm).to(totals)
+        measured = HostCopy(torch.cat([totals, grad_norm[None]]))
+        is_finite = totals[names.index("loss_sum")].isfinite() & grad_norm.isfinite()
+        step_if(self.optimizer, is_finite, learning_rate=learning_rate)
         self.optimizer.zero_grad(set_to_none=True)
-        return report
+        *values, norm = measured.read()
+        sums = dict(zip(names, values, strict=True))
+        return UpdateReport(loss=sums.pop("loss_sum"), grad_norm=norm, sums=sums)
 
     def score(self, sequences: Sequence[TokenSequence]) -> list[NDArray[np.float32]]:
         """Log-probabilities of each sequence's sampled tokens under the policy as it is: [S] float32 each."""
@@ -84,7 +87,7 @@ class Updater:
                 logprobs_S = self.policy(row, temperature=self._temperature).logprobs_S
                 where = [np.arange(starts[member], ends[member]) for member in row.members]
                 if where:
-                    scores[torch.from_numpy(np.concatenate(where)).to(row.device)] = logprobs_S
+                    scores[to_device(np.concatenate(where), row.device)] = logprobs_S
         reshard(self.policy)
         flat = self.ranks.sum_of_shares(scores).cpu().numpy()
         return [flat[start:end] for start, end in zip(starts, ends, strict=True)]
@@ -96,7 +99,8 @@ class Updater:
             num_ranks=self.ranks.num_shares,
             hidden_size=self._hidden_size,
         )
-        return [pack(sequences, members, self.ranks.device) for members in plan[self.ranks.share]]
+        passes = join_rows(plan[self.ranks.share], rows_per_pass=self._rows_per_pass)
+        return [pack(sequences, members, self.ranks.device) for members in passes]
 
     def _backward(self, row: PackedRow, objective: Objective) -> Sums:
         loss, sums = objective(row, self.policy(row, temperature=self._temperature))
@@ -104,15 +108,18 @@ class Updater:
         torch.autograd.backward(loss * self.ranks.world_size)
         return {**sums, "loss_sum": loss}
 
-    def _total(self, sums: Sums) -> dict[str, float]:
+    def _totals(self, sums: Sums) -> tuple[list[str], torch.Tensor]:
+        """Names and float64 totals over all ranks, on the device."""
         added = sorted(name for name in sums if not name.endswith("_max"))
         largest = sorted(name for name in sums if name.endswith("_max"))
-        totals = dict(zip(added, self.ranks.sum_of_shares(_vector(sums, added)).tolist(), strict=True))
-        return totals | dict(zip(largest, self.ranks.maximum(_vector(sums, largest)).tolist(), strict=True))
+        totals = self.ranks.sum_of_shares(_vector(sums, added))
+        if largest:
+            totals = torch.cat([totals, self.ranks.maximum(_vector(sums, largest))])
+        return added + largest, totals
 
 
 def _vector(sums: Sums, names: Sequence[str]) -> torch.Tensor:
-    return torch.stack([sums[name].double() for name in names]) if names else torch.zeros(0)
+    return torch.stack([sums[name].double() for name in names])
 
 
 def _trained(updater: Updater) -> list[torch.nn.Parameter]:

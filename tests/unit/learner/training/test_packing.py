@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.training.packing import TokenSequence, pack, plan_rows
+from learner.training.packing import TokenSequence, join_rows, pack, plan_rows
 
 CPU = torch.device("cpu")
 
@@ -75,3 +75,11 @@ def test_a_small_batch_is_spread_over_all_ranks(num_ranks: int) -> None:
     plan = plan_rows([10] * 6, row_tokens=4096, num_ranks=num_ranks, hidden_size=32)
     assert [len(rows) for rows in plan] == [1] * num_ranks
     assert all(len(rows[0]) == 6 // num_ranks for rows in plan)
+
+
+def test_joined_rows_are_spread_over_as_few_passes_as_the_bound_allows() -> None:
+    rows = [(0, 3), (1,), (), (2, 4, 5), (6,)]
+    assert join_rows(rows, rows_per_pass=1) == rows
+    assert join_rows(rows, rows_per_pass=2) == [(0, 3, 2, 4, 5), (1, 6), ()]
+    assert join_rows(rows, rows_per_pass=4) == [(0, 3, 6), (1, 2, 4, 5)]
+    assert join_rows(rows, rows_per_pass=5) == [(0, 3, 1, 2, 4, 5, 6)]
