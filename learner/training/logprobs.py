@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from learner.training.fused_logprobs import fused_token_logprobs, is_available
+
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
 """Bound on S * V of one chunk, by device: 64 MiB and 1 GiB of float32. A GPU needs long matrices."""
 
@@ -29,6 +31,8 @@ def token_logprobs(
     """
     bound = chunk_elements or CHUNK_ELEMENTS[hidden_SH.device.type]
     chunk = max(1, bound // weight_VH.shape[0])
+    if hidden_SH.is_cuda and is_available(hidden_SH.device):
+        return fused_token_logprobs(hidden_SH, weight_VH, targets_S, temperature=temperature)
     scores: tuple[torch.Tensor, torch.Tensor] = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden_SH, weight_VH, targets_S, temperature, chunk
     )

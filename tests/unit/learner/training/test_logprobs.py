@@ -3,6 +3,8 @@ import math
 import pytest
 import torch
 
+from learner.training import logprob_kernels
+from learner.training.fused_logprobs import fused_token_logprobs
 from learner.training.logprobs import score_logits, token_logprobs
 
 
@@ -50,3 +52,60 @@ def test_chunks_change_neither_values_nor_gradients() -> None:
     for result in results[1:]:
         for got, expected in zip(result, results[0], strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def score_by_torch(logits, targets, temperature, logprobs, entropy, log_sums):  # type: ignore[no-untyped-def]
+    """What the Triton kernel does, in tensor operations."""
+    found = score_logits(logits, targets, temperature=temperature)
+    for out, values in zip((logprobs, entropy), found, strict=True):
+        out.copy_(values)
+    log_sums.copy_((logits.float() / temperature).logsumexp(-1))
+
+
+def to_gradient_by_torch(logits, targets, temperature, log_sums, scaled):  # type: ignore[no-untyped-def]
+    probabilities = (logits.float() / temperature - log_sums[:, None]).exp()
+    hits = torch.nn.functional.one_hot(targets, logits.shape[1])
+    logits.copy_((hits - probabilities) * scaled[:, None])
+
+
+@pytest.fixture
+def kernels_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprob_kernels, "score", score_by_torch)
+    monkeypatch.setattr(logprob_kernels, "to_gradient", to_gradient_by_torch)
+
+
+@pytest.mark.usefixtures("kernels_of_torch")
+@pytest.mark.parametrize("chunk", [None, 23, 7, 1])
+def test_fused_log_probabilities_are_the_plain_ones(chunk: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(size, 8, generator=generator).requires_grad_() for size in (23, 50)]
+    targets = torch.randint(0, 50, (23,), generator=generator)
+    results = []
+    for found in (
+        fused_token_logprobs(*leaves, targets, temperature=0.7, chunk=chunk),
+        token_logprobs(*leaves, targets, temperature=0.7),
+    ):
+        gradients = torch.autograd.grad((found[0] * torch.arange(23)).sum(), leaves, retain_graph=True)
+        results.append((*found, *gradients))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("kernels_of_torch")
+def test_fused_log_probabilities_refuse_a_second_backward_pass() -> None:
+    hidden = torch.ones(3, 4, requires_grad=True)
+    logprobs, _ = fused_token_logprobs(hidden, torch.eye(5, 4), torch.arange(3), temperature=1.0)
+    logprobs.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="overwritten"):
+        logprobs.sum().backward()
+
+
+@pytest.mark.usefixtures("kernels_of_torch")
+def test_fused_log_probabilities_of_no_tokens_have_a_gradient_of_0() -> None:
+    weight = torch.eye(5, 4).requires_grad_()
+    hidden, targets = torch.ones(0, 4), torch.zeros(0, dtype=torch.int64)
+    logprobs, entropy = fused_token_logprobs(hidden, weight, targets, temperature=1.0)
+    assert logprobs.shape == entropy.shape == (0,)
+    logprobs.sum().backward()
+    assert weight.grad is not None
+    assert not weight.grad.any()
