@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -24,8 +26,11 @@ from transformers import AttentionInterface
 
 from learner.training.causal import causal_attention, hidden_from
 from learner.training.context import ContextGroup
+from learner.training.transfer import to_device
 
 PACKED = "penstock_packed"
+
+_log = logging.getLogger(__name__)
 
 _KEPT_LENGTH = 1024
 """Up to this length attention weights are kept for the backward pass; beyond, SDPA computes them again."""
@@ -71,7 +76,7 @@ class RowLayout:
         """[sequences + 1] int32."""
         cumulative = torch.zeros(len(self.lengths) + 1, dtype=torch.int32)
         cumulative[1:] = torch.tensor(self.lengths).cumsum(0)
-        return cumulative.to(self.device)
+        return to_device(cumulative, self.device)
 
     @cached_property
     def buckets(self) -> tuple[Bucket, ...]:
@@ -174,10 +179,12 @@ def _varlen(
     flash = _flash_kernel()
     bounds, longest = layout.cumulative, layout.max_length
     window_size = (-1 if window is None else window - 1, 0)
+    grouped: dict[str, Any] = {}
     if flash is None and query_THD.shape[1] != key_TKD.shape[1]:
-        # torch 2.11's kernel wants as many heads of keys as of queries.
-        repeats = query_THD.shape[1] // key_TKD.shape[1]
-        key_TKD, value_TKD = (states.repeat_interleave(repeats, dim=1) for states in (key_TKD, value_TKD))
+        if _takes_groups(query_THD.device):
+            grouped = _grouped_option()
+        else:
+            key_TKD, value_TKD = _repeated(query_THD, key_TKD, value_TKD)
     query, key, value = query_THD.contiguous(), key_TKD.contiguous(), value_TKD.contiguous()
     if flash is not None:
         return flash(
@@ -185,10 +192,63 @@ def _varlen(
             softmax_scale=scale, causal=True, window_size=window_size,
         )  # fmt: skip
     out = varlen_attn(
-        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window_size
+        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window_size, **grouped
     )
     assert isinstance(out, torch.Tensor)
     return out
+
+
+def _repeated(
+    query_THD: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values once for each query head."""
+    repeats = query_THD.shape[1] // key_TKD.shape[1]
+    return key_TKD.repeat_interleave(repeats, dim=1), value_TKD.repeat_interleave(repeats, dim=1)
+
+
+def prepare(device: torch.device) -> None:
+    """Finds out what the device's kernels can do. Call it before any pass: a checkpointed block must not."""
+    if device.type == "cuda" and _flash_kernel() is None:
+        _takes_groups(device)
+
+
+@cache
+def _grouped_option() -> dict[str, Any]:
+    """torch 2.11's function takes fewer key heads without being told."""
+    named = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return {"enable_gqa": True} if named else {}
+
+
+@cache
+def _takes_groups(device: torch.device) -> bool:
+    """Whether torch's kernel gives several query heads to a key head, and gets their gradients right.
+
+    Where it does, keys and values need not be repeated, nor the repeated ones kept. Logs why not.
+    """
+    try:
+        with torch.enable_grad():
+            grouped, repeated = (_tiny_attention(device, repeat=repeat) for repeat in (False, True))
+        for one, other in zip(grouped, repeated, strict=True):
+            torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
+    except Exception as error:  # noqa: BLE001
+        _log.warning("attention repeats keys and values for each query head: %s", error)
+        return False
+    return True
+
+
+def _tiny_attention(device: torch.device, *, repeat: bool) -> list[torch.Tensor]:
+    """(output, gradients by queries, keys and values) of two sequences with two query heads a key head."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(24, heads, 64, generator=generator).to(device, torch.bfloat16).requires_grad_()
+        for heads in (4, 2, 2)
+    )
+    keys, values = _repeated(query, key, value) if repeat else (key, value)
+    bounds = torch.tensor([0, 16, 24], dtype=torch.int32, device=device)
+    option = {} if repeat else _grouped_option()
+    out = varlen_attn(query, keys, values, bounds, bounds, 16, 16, window_size=(-1, 0), **option)
+    assert isinstance(out, torch.Tensor)
+    return [out.detach(), *torch.autograd.grad(out.float().square().sum(), (query, key, value))]
 
 
 @cache

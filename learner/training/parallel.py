@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from learner.training import attention
 from learner.training.config import Device, Precision
 from learner.training.context import ContextGroup
 from learner.training.cpu import use_fast_float32
@@ -165,15 +166,16 @@ def place(policy: Policy, ranks: Ranks, precision: Precision, *, compiled: bool 
 
     Master weights and gradient reduction are float32; blocks compute in `precision`, in which what is
     frozen is also kept. With
-    `compiled`, torch.compile makes kernels of each block, once for all row lengths.
+    `compiled`, torch.compile makes kernels of each block and of what follows them, once for all row lengths.
     """
     _give_context(policy, ranks.context)
     compute = torch.bfloat16 if precision is Precision.BFLOAT16 else torch.float32
     _store_frozen(policy, compute)
     blocks = _blocks(policy.causal_lm)
+    attention.prepare(ranks.device)
     if compiled:
-        for block in blocks:
-            block.forward = torch.compile(block.forward, dynamic=True)
+        for module in (*blocks, *_norms(policy.causal_lm)):
+            module.forward = torch.compile(module.forward, dynamic=True)
     if ranks.mesh is None:
         policy.to(ranks.device)
         return
@@ -227,6 +229,15 @@ def _blocks(causal_lm: Any) -> list[nn.Module]:
         return declared
     lists = [list(module) for module in causal_lm.modules() if isinstance(module, nn.ModuleList)]
     return max(lists, key=len, default=[])
+
+
+def _norms(causal_lm: Any) -> list[nn.Module]:
+    """What stands beside the blocks and holds vectors only."""
+    return [
+        child
+        for child in causal_lm.base_model.children()
+        if list(child.parameters()) and all(parameter.ndim < 2 for parameter in child.parameters())
+    ]
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
