@@ -28,7 +28,7 @@ class HostCopy:
         self._values = values.to("cpu", non_blocking=True)
         self._arrived: torch.cuda.Event | None = None
         if values.is_cuda:
-            self._arrived = torch.cuda.Event()
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
 
     def read(self) -> list[Any]:

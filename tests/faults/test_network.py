@@ -161,9 +161,7 @@ async def test_an_acknowledgement_that_is_lost_is_answered_as_a_duplicate(tmp_pa
         await bench.start()
         async with Proxy(bench.address) as proxy:
             await distant(bench, proxy)
-            await bench.when(
-                lambda status: any(actor.stats.num_tokens for actor in status.actors), "tokens"
-            )
+            await bench.when(lambda status: any(actor.stats.num_tokens for actor in status.actors), "tokens")
             proxy.down.hold()
             await bench.when(lambda status: status.ledger.accepted > 0, "something to be on disk")
             proxy.reset()
