@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections.abc import Mapping
 
 from actors.engines.base import Engine
 from penstock.codec import manifest_from_wire
@@ -40,6 +41,16 @@ class Installer:
         """Version and digest of what the engine generates with, as confirmed by it."""
         self.installed_event = asyncio.Event()
         """Set, and replaced, at each install."""
+
+    @property
+    def came_over(self) -> str:
+        """By which media the newest version came."""
+        return self._fetcher.came_over
+
+    @property
+    def num_fetched(self) -> Mapping[str, int]:
+        """Versions by the media that they came over."""
+        return self._fetcher.num_fetched.copy()
 
     def announce(self, message: weights_pb2.WeightManifest) -> None:
         """Notes a published version. Raises ProtocolError."""

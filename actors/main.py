@@ -39,6 +39,10 @@ from penstock.v1 import coordinator_pb2 as pb
 from penstock.waits import Waits
 from penstock.watchdog import Watchdog
 from penstock.weights.fetch import WeightFetcher
+from penstock.weights.manifest import WeightsMedium
+from penstock.weights.media.collective import CollectiveReceiver
+from penstock.weights.media.shared_memory import SharedMemoryReceiver
+from penstock.weights.media.zeromq import ZeromqReceiver
 from penstock.weights.neighbours import Neighbours
 
 _log = logging.getLogger(__name__)
@@ -68,6 +72,9 @@ class ActorConfig:
     """Where this actor answers operators; port 0 takes a free one."""
     insecure: bool = False
     """Allow a `bind` beyond loopback although nothing authenticates who connects."""
+    weights_medium: WeightsMedium = WeightsMedium.AUTO
+    """How versions come: auto, as the run's `weights.medium` says; pull, never by broadcast; collective, by
+    broadcast too, whatever this actor's device and host. Beyond loopback broadcasts need `insecure`."""
     connect_seconds: float = 60.0
     """How long to try to reach the learner before giving up."""
     patience_seconds: float = 600.0
@@ -85,6 +92,16 @@ class ActorConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected more than 0")
+        if self.weights_medium is WeightsMedium.COLLECTIVE and self.may_broadcast is WeightsMedium.PULL:
+            raise ConfigError(
+                f"weights_medium is collective, but {self.learner} is not a loopback address, and nothing would "
+                "authenticate who connects: pass --insecure true on a network that you trust, or use pull"
+            )
+
+    @property
+    def may_broadcast(self) -> WeightsMedium:
+        """What the learner is asked for: members of a group listen for each other."""
+        return self.weights_medium if self.insecure or rpc.is_loopback(self.learner) else WeightsMedium.PULL
 
 
 def main(argv: Sequence[str]) -> int:
@@ -124,6 +141,7 @@ async def _join(
         hostname=socket.gethostname(),
         pid=os.getpid(),
         device=device,
+        weights_medium=settings.may_broadcast,
     )
     actor: Actor | None = None
     session = Session(
@@ -150,7 +168,9 @@ async def _join(
         data_parallel_size=settings.data_parallel_size,
     )
     stack.push_async_callback(engine.stop)
-    fetcher = WeightFetcher(neighbours=Neighbours())
+    groups = CollectiveReceiver(host=rpc.split_address(settings.learner)[0], device=device)
+    receivers = (SharedMemoryReceiver(), ZeromqReceiver(), groups)
+    fetcher = WeightFetcher(receivers, neighbours=Neighbours())
     stack.callback(fetcher.close)
     history = History(settings.history) if settings.history else None
     if history is not None:
@@ -168,6 +188,7 @@ async def _join(
         stop=stop,
         stream_tokens=welcome.stream_tokens,
         waits=waits,
+        groups=groups,
     )
     return actor
 

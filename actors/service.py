@@ -28,7 +28,14 @@ from actors.rollout import ENGINE_SECONDS, Player, Progress
 from actors.session import Session, translate
 from actors.streaming import Streamer
 from actors.uplink import Uplink
-from penstock.codec import checksum, lease_from_wire, partial_to_wire, trajectory_item, version_to_wire
+from penstock.codec import (
+    checksum,
+    invitation_from_wire,
+    lease_from_wire,
+    partial_to_wire,
+    trajectory_item,
+    version_to_wire,
+)
 from penstock.errors import EngineFault, EnvironmentFault, FaultKind, NoProgress, PeerLost, PenstockError
 from penstock.rpc import MAX_MESSAGE_BYTES, to_duration
 from penstock.signals import Stop
@@ -37,6 +44,7 @@ from penstock.trajectory import Lease
 from penstock.v1 import coordinator_pb2 as pb
 from penstock.waits import Waits, WaitSummary
 from penstock.watchdog import Watchdog, watch_loop
+from penstock.weights.media.collective import CollectiveReceiver
 
 _log = logging.getLogger(__name__)
 
@@ -114,8 +122,11 @@ class Actor:
         stop: Stop,
         stream_tokens: int = 0,
         waits: Waits | None = None,
+        groups: CollectiveReceiver | None = None,
     ) -> None:
+        """groups: that versions are broadcast to, if the actor may join some."""
         self.session = session
+        self._groups = groups
         self.engine = engine
         self.installer = installer
         self.uplink = uplink
@@ -315,6 +326,9 @@ class Actor:
                 self.installer.announce(directive.version)
             case "revoke":
                 self._revoke(directive.revoke)
+            case "group":
+                if self._groups is not None:
+                    self._groups.invite(invitation_from_wire(directive.group))
             case "drain":
                 _log.info("the learner asks to drain: %s", directive.drain.reason)
                 self._stop.set(directive.drain.reason)
@@ -379,6 +393,9 @@ class Actor:
                     for name, player in self._players.items()
                 ],
                 pieces=self._streamer.pieces(rollouts),
+                weights=pb.WeightsUse(
+                    medium=self.installer.came_over, num_versions=self.installer.num_fetched
+                ),
             ),
             timeout=10.0,
         )

@@ -16,6 +16,7 @@ from penstock.errors import ConfigError, PeerLost, PenstockError, ProtocolError,
 from penstock.signals import Stop
 from penstock.v1 import coordinator_pb2 as pb
 from penstock.v1 import coordinator_pb2_grpc, weights_pb2, weights_pb2_grpc
+from penstock.weights.manifest import WeightsMedium
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Identity:
     hostname: str
     pid: int
     device: str
+    weights_medium: WeightsMedium = WeightsMedium.PULL
 
 
 class Session:
@@ -175,6 +177,7 @@ class Session:
             hostname=identity.hostname,
             pid=identity.pid,
             device=identity.device,
+            weights_medium=identity.weights_medium,
             lease_ids=self._held_leases(),
         )
 

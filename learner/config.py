@@ -11,6 +11,7 @@ from learner.training.algorithm_config import AlgorithmConfig
 from learner.training.config import TrainingConfig
 from penstock.errors import ConfigError
 from penstock.trajectory import InstallMode, Sampling
+from penstock.weights.manifest import WeightsMedium
 
 LateGroup = Literal["repair", "partial", "drop"]
 OpenGroups = Literal["drop", "partial", "wait"]
@@ -194,6 +195,31 @@ class LedgerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsConfig:
+    """How versions get to actors. Pulling always works; broadcasting is for a group of actors that stay."""
+
+    medium: WeightsMedium = WeightsMedium.AUTO
+    """auto: actors with GPUs on other hosts form a group if the learner has a GPU, all others pull;
+    collective: every actor that does not ask to pull; pull: none."""
+    stable_seconds: float = 10.0
+    """For how long an actor must have had a version installed before it is in a group."""
+    regroup_seconds: float = 30.0
+    """Between two groups, at the least, when actors have joined."""
+    timeout_seconds: float = 10.0
+    """A piece of a broadcast that takes longer ends the group: its members pull."""
+    forming_seconds: float = 60.0
+    """A group that takes longer to come together is given up."""
+
+    def __post_init__(self) -> None:
+        for name in ("stable_seconds", "regroup_seconds"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"weights.{name} is {getattr(self, name)}; expected 0 or more")
+        for name in ("timeout_seconds", "forming_seconds"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"weights.{name} is {getattr(self, name)}; expected more than 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     policy: Path
     """A Hugging Face folder: config.json, tokeniser, safetensors."""
@@ -218,6 +244,7 @@ class RunConfig:
     fleet: FleetConfig = field(default_factory=FleetConfig)
     breaker: BreakerConfig = field(default_factory=BreakerConfig)
     ledger: LedgerConfig = field(default_factory=LedgerConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:

@@ -31,6 +31,7 @@ from penstock.v1 import coordinator_pb2, trajectory_pb2, weights_pb2
 from penstock.weights.manifest import (
     DIGEST_BYTES,
     AdapterUpdate,
+    CollectiveMedium,
     Delta,
     Factor,
     Manifest,
@@ -43,6 +44,7 @@ from penstock.weights.manifest import (
     check_manifest,
     delta_digest,
 )
+from penstock.weights.media.collective import Invitation
 
 _REWARD_STATUS = {
     RewardStatus.VALID: trajectory_pb2.REWARD_STATUS_VALID,
@@ -441,13 +443,30 @@ def _segment_from_wire(message: weights_pb2.SharedMemoryMedium) -> SharedMemoryM
     return SharedMemoryMedium(name=message.name, nonce=message.nonce)
 
 
+def invitation_from_wire(message: coordinator_pb2.GroupInvitation) -> Invitation:
+    return Invitation(
+        group=message.group,
+        port=message.port,
+        rank=message.rank,
+        size=message.size,
+        backend=message.backend,
+        piece_bytes=message.piece_bytes,
+        timeout_seconds=to_seconds(message.timeout),
+        forming_seconds=to_seconds(message.forming),
+    )
+
+
 def _medium_to_wire(medium: Medium) -> weights_pb2.WeightMedium:
     if isinstance(medium, SharedMemoryMedium):
         return weights_pb2.WeightMedium(shared_memory=_segment_to_wire(medium))
+    if isinstance(medium, CollectiveMedium):
+        return weights_pb2.WeightMedium(collective=weights_pb2.CollectiveMedium(group=medium.group))
     return weights_pb2.WeightMedium(zeromq=weights_pb2.ZeromqMedium(endpoint=medium.endpoint))
 
 
 def _medium_from_wire(message: weights_pb2.WeightMedium) -> Medium:
     if message.HasField("shared_memory"):
         return _segment_from_wire(message.shared_memory)
+    if message.HasField("collective"):
+        return CollectiveMedium(group=message.collective.group)
     return ZeromqMedium(endpoint=message.zeromq.endpoint)

@@ -22,8 +22,9 @@ from typing import Any
 import grpc
 import uvloop
 
-from learner.config import BreakerConfig, FleetConfig, ScheduleConfig
+from learner.config import BreakerConfig, FleetConfig, ScheduleConfig, WeightsConfig
 from learner.coordinator.actor_service import ActorService, Welcome
+from learner.coordinator.broadcasts import Broadcasts
 from learner.coordinator.core import Coordinator
 from learner.coordinator.ledger import Ledger
 from learner.coordinator.publications import Publications
@@ -35,6 +36,7 @@ from penstock.signals import Stop
 from penstock.trajectory import PolicyVersion, Sampling
 from penstock.v1 import coordinator_pb2 as pb
 from penstock.v1 import coordinator_pb2_grpc, weights_pb2
+from penstock.weights.manifest import WeightsMedium
 from penstock.weights.media.zeromq import ZeromqServer
 
 VERSION = PolicyVersion(1, 0)
@@ -144,10 +146,13 @@ async def _coordinate(pipe: Connection, folder: Path, num_trajectories: int) -> 
     weights = ZeromqServer("tcp://127.0.0.1:0")
     stop = Stop()
     coordinator = Coordinator(scheduler, ledger, stop, run_id="benchmark")
+    broadcasts = Broadcasts(
+        coordinator, WeightsConfig(medium=WeightsMedium.PULL), host="127.0.0.1", device="cpu"
+    )
     welcome = Welcome("benchmark", (), weights_pb2.PolicyFiles(), FleetConfig(), None)
     server = rpc.server()
     coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(
-        ActorService(coordinator, Publications(weights), welcome), server
+        ActorService(coordinator, Publications(weights), broadcasts, welcome), server
     )
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(coordinator.tick_forever(), name="tick")

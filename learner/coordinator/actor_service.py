@@ -10,8 +10,9 @@ from typing import Any
 import grpc
 
 from learner.config import FleetConfig
+from learner.coordinator.broadcasts import Broadcasts
 from learner.coordinator.core import Coordinator, wait_until
-from learner.coordinator.fleet import ActorInfo, EnvironmentUse, ReportedStats
+from learner.coordinator.fleet import ActorInfo, EnvironmentUse, ReportedStats, WeightsUse
 from learner.coordinator.intake import Intake
 from learner.coordinator.leases import RolloutReport
 from learner.coordinator.publications import Publications
@@ -25,10 +26,12 @@ from penstock.trajectory import Lease
 from penstock.v1 import coordinator_pb2 as pb
 from penstock.v1 import coordinator_pb2_grpc, weights_pb2
 from penstock.waits import WaitSummary
+from penstock.weights.manifest import WeightsMedium
 
 MAX_LEASE_WAIT_SECONDS = 30.0
 MAX_WAITS = 8
 """That an actor may tell of in one heartbeat."""
+MAX_MEDIA, MAX_MEDIUM_NAME = 16, 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +69,15 @@ class Welcome:
 class ActorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
     """Sessions, directives, leases and submissions."""
 
-    def __init__(self, coordinator: Coordinator, publications: Publications, welcome: Welcome) -> None:
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        publications: Publications,
+        broadcasts: Broadcasts,
+        welcome: Welcome,
+    ) -> None:
         self._coordinator = coordinator
+        self._broadcasts = broadcasts
         self._scheduler = coordinator.scheduler
         self._publications = publications
         self._welcome = welcome
@@ -87,6 +97,7 @@ class ActorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 hostname=request.hostname,
                 pid=request.pid,
                 device=request.device,
+                weights_medium=WeightsMedium(request.weights_medium or WeightsMedium.PULL),
             )
             session_id = uuid.uuid4().hex
             self._scheduler.join(session_id, info, request.lease_ids, self._coordinator.clock())
@@ -98,13 +109,17 @@ class ActorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
     ) -> AsyncIterator[pb.WatchResponse]:
         async with refusals(context):
             session = self._scheduler.fleet.require(request.session_id, self._coordinator.clock())
-            sent = None
+            sent, invited = None, ""
             while not self._coordinator.stop.is_set():
                 change = self._coordinator.news.next()
                 manifest = self._publications.newest
                 if manifest is not None and manifest is not sent:
                     sent = manifest
                     yield pb.WatchResponse(version=manifest)
+                invitation = self._broadcasts.invitation(request.session_id)
+                if invitation is not None and invitation.group != invited:
+                    invited = invitation.group
+                    yield pb.WatchResponse(group=invitation)
                 for revocation in self._coordinator.take_revocations(request.session_id):
                     revoke = pb.RevokeLeases(lease_ids=[revocation.lease_id], reason=revocation.reason)
                     yield pb.WatchResponse(revoke=revoke)
@@ -129,6 +144,7 @@ class ActorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 waits=[_wait(wait) for wait in request.waits[:MAX_WAITS]],
                 num_unacknowledged=request.num_unacknowledged,
                 uses=[_use(use) for use in request.environments if use.name in self._names],
+                weights=_weights(request.weights),
             )
             newest = self._scheduler.version
             return pb.HeartbeatResponse(
@@ -207,6 +223,10 @@ def _check_join(request: pb.JoinRequest) -> None:
             f"actor_id is {request.actor_id[:40]!r} and num_slots {request.num_slots}; expected a name of at most "
             "200 characters and at least one slot"
         )
+    if request.weights_medium and request.weights_medium not in list(WeightsMedium):
+        raise ProtocolError(
+            f"weights_medium is {request.weights_medium[:40]!r}; expected {', '.join(WeightsMedium)}, or nothing"
+        )
 
 
 def _wait(wait: pb.ActorWait) -> WaitSummary:
@@ -226,6 +246,14 @@ def _report(progress: pb.LeaseProgress) -> RolloutReport:
 
 def _use(use: pb.EnvironmentUse) -> EnvironmentUse:
     return EnvironmentUse(use.name, use.num_answers, to_seconds(use.waited))
+
+
+def _weights(use: pb.WeightsUse) -> WeightsUse:
+    counts = {medium[:MAX_MEDIUM_NAME]: count for medium, count in use.num_versions.items()}
+    return WeightsUse(
+        medium=use.medium[:MAX_MEDIUM_NAME],
+        num_versions=dict(sorted(counts.items(), key=lambda item: -item[1])[:MAX_MEDIA]),
+    )
 
 
 def _stats(stats: pb.EngineStats) -> ReportedStats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from learner.config import FleetConfig
 from penstock.errors import FleetFull, PeerLost, SessionFenced
 from penstock.trajectory import PolicyVersion
 from penstock.waits import WaitSummary
+from penstock.weights.manifest import WeightsMedium
 
 JOINS_PER_SECOND = 100
 
@@ -34,6 +36,7 @@ class ActorInfo:
     hostname: str = ""
     pid: int = 0
     device: str = ""
+    weights_medium: WeightsMedium = WeightsMedium.PULL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,16 @@ class ReportedStats:
     tokens_per_second: float = 0.0
     num_installs: int = 0
     max_install_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsUse:
+    """By which media an actor's versions came."""
+
+    medium: str = ""
+    """The newest one's."""
+    num_versions: Mapping[str, int] = field(default_factory=dict)
+    """Since the actor started."""
 
 
 class EnvironmentUse(NamedTuple):
@@ -62,6 +75,7 @@ class Session:
     heard_at: float
     installed: PolicyVersion | None = None
     stats: ReportedStats = field(default_factory=ReportedStats)
+    weights: WeightsUse = field(default_factory=WeightsUse)
     draining: bool = False
     waits: tuple[WaitSummary, ...] = ()
     """What the actor told that it waits for, the longest first."""

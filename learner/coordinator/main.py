@@ -22,6 +22,7 @@ from environments.client import EnvironmentClient
 from learner.config import RunConfig
 from learner.coordinator.actor_service import ActorService, Welcome
 from learner.coordinator.ballast import Ballast
+from learner.coordinator.broadcasts import Broadcasts
 from learner.coordinator.core import STANDSTILL_SECONDS, Coordinator
 from learner.coordinator.ledger import Ledger, Recovered
 from learner.coordinator.metrics import serve_metrics
@@ -120,7 +121,8 @@ async def _run(
         scheduler, ledger, stop, run_id=found.run_id, disk=settings.ledger.disk, on_full_disk=on_full_disk
     )
     weights_server = ZeromqServer(f"tcp://{host}:0")
-    publications = Publications(weights_server)
+    broadcasts = Broadcasts(coordinator, settings.weights, host=host, device=settings.training.device)
+    publications = Publications(weights_server, broadcasts.offer)
     _resume(coordinator, publications, found)
     server = rpc.server()
     welcome = Welcome(
@@ -128,7 +130,7 @@ async def _run(
     )
     addresses = {endpoint.name: endpoint.address for endpoint in environments.endpoints}
     coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(
-        ActorService(coordinator, publications, welcome), server
+        ActorService(coordinator, publications, broadcasts, welcome), server
     )
     trainer_pb2_grpc.add_TrainerServiceServicer_to_server(
         TrainerService(
@@ -140,7 +142,7 @@ async def _run(
         server,
     )
     operator_pb2_grpc.add_OperatorServiceServicer_to_server(
-        OperatorService(coordinator, settings.schedule, addresses), server
+        OperatorService(coordinator, broadcasts, settings.schedule, addresses), server
     )
     weights_pb2_grpc.add_WeightsServiceServicer_to_server(
         WeightsService(coordinator, publications, policy), server
@@ -150,23 +152,25 @@ async def _run(
         port = rpc.bind(server, settings.bind, insecure=settings.insecure)
         await server.start()
         if settings.metrics_bind:
-            serve_metrics(settings.metrics_bind, coordinator, insecure=settings.insecure)
+            serve_metrics(settings.metrics_bind, coordinator, broadcasts, insecure=settings.insecure)
         print(f"coordinator ready on {host}:{port}", flush=True)  # noqa: T201
         with Watchdog() as loop_watchdog, Watchdog() as ledger_watchdog:
             coordinator.watchdog = ledger_watchdog
-            await _until_stopped(coordinator, loop_watchdog)
+            await _until_stopped(coordinator, broadcasts, loop_watchdog)
         await server.stop(grace=2.0)
     finally:
+        broadcasts.close()
         await asyncio.to_thread(weights_server.close)
 
 
-async def _until_stopped(coordinator: Coordinator, watchdog: Watchdog) -> None:
+async def _until_stopped(coordinator: Coordinator, broadcasts: Broadcasts, watchdog: Watchdog) -> None:
     stop = coordinator.stop
     async with task_group() as tasks:
         tasks.create_task(watch_loop(watchdog, stop, seconds=STANDSTILL_SECONDS), name="watch-loop")
         tasks.create_task(coordinator.tick_forever(), name="tick")
         tasks.create_task(coordinator.commit_ticks(), name="commit-ticks")
         tasks.create_task(_stop_when_finished(coordinator), name="farewell")
+        tasks.create_task(broadcasts.run(), name="broadcasts")
 
 
 def _sieve(settings: RunConfig) -> Sieve | None:

@@ -9,6 +9,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from learner.coordinator.breaker import BreakerState
+from learner.coordinator.broadcasts import Broadcasts
 from learner.coordinator.core import Coordinator
 from penstock.errors import ConfigError, FaultKind
 from penstock.rpc import is_loopback, split_address
@@ -17,8 +18,9 @@ from penstock.rpc import is_loopback, split_address
 class _RunCollector(Collector):
     """Reads what the coordinator's tick left, about a second old. Runs in the HTTP thread."""
 
-    def __init__(self, coordinator: Coordinator) -> None:
+    def __init__(self, coordinator: Coordinator, broadcasts: Broadcasts) -> None:
         self._coordinator = coordinator
+        self._membership = broadcasts.membership
 
     def collect(self) -> Iterator[Metric]:
         coordinator = self._coordinator
@@ -55,10 +57,29 @@ class _RunCollector(Collector):
             rejected.add_metric([code], count)
         yield rejected
         yield from self._environments()
+        yield from self._broadcasts()
         step = GaugeMetricFamily("penstock_step", "What the newest step measured.", labels=["measure"])
         for name, value in coordinator.step_metrics.items():
             step.add_metric([name], value)
         yield step
+
+    def _broadcasts(self) -> Iterator[Metric]:
+        membership = self._membership
+        standing = membership.standing
+        yield _gauge("penstock_broadcast_members", "Actors in the group that versions are broadcast to.",
+                     len(standing.seats) if standing else 0)  # fmt: skip
+        yield _gauge("penstock_broadcast_groups", "Groups that have come together, since the start.",
+                     membership.num_groups)  # fmt: skip
+        yield _gauge("penstock_broadcasts", "Versions that were broadcast whole, since the start.",
+                     membership.num_broadcasts)  # fmt: skip
+        fallbacks = GaugeMetricFamily(
+            "penstock_broadcast_fallbacks",
+            "Groups and broadcasts that failed, so that actors pulled, since the start.",
+            labels=["reason"],
+        )
+        for reason, count in membership.fallbacks.copy().items():
+            fallbacks.add_metric([reason], count)
+        yield fallbacks
 
     def _environments(self) -> Iterator[Metric]:
         faults = GaugeMetricFamily(
@@ -80,7 +101,7 @@ class _RunCollector(Collector):
         yield from (faults, left_out, cut)
 
 
-def serve_metrics(address: str, coordinator: Coordinator, *, insecure: bool) -> None:
+def serve_metrics(address: str, coordinator: Coordinator, broadcasts: Broadcasts, *, insecure: bool) -> None:
     """Serves /metrics on HOST:PORT. Raises ConfigError."""
     host, port = split_address(address)
     if not is_loopback(address) and not insecure:
@@ -88,7 +109,7 @@ def serve_metrics(address: str, coordinator: Coordinator, *, insecure: bool) -> 
             f"metrics_bind {address} is not a loopback address; bind 127.0.0.1, or set insecure"
         )
     registry = CollectorRegistry()
-    registry.register(_RunCollector(coordinator))
+    registry.register(_RunCollector(coordinator, broadcasts))
     try:
         prometheus_client.start_http_server(port, addr=host, registry=registry)
     except OSError as error:

@@ -10,6 +10,7 @@ from google.protobuf import timestamp_pb2
 
 from learner.config import ScheduleConfig
 from learner.coordinator.breaker import BreakerState
+from learner.coordinator.broadcasts import Broadcasts
 from learner.coordinator.core import Coordinator, wait_until
 from learner.coordinator.fleet import Session
 from learner.coordinator.ledger import Totals
@@ -26,9 +27,14 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
     """Status, events, and the few things an operator may change."""
 
     def __init__(
-        self, coordinator: Coordinator, schedule: ScheduleConfig, environments: Mapping[str, str]
+        self,
+        coordinator: Coordinator,
+        broadcasts: Broadcasts,
+        schedule: ScheduleConfig,
+        environments: Mapping[str, str],
     ) -> None:
         self._coordinator = coordinator
+        self._broadcasts = broadcasts
         self._scheduler = coordinator.scheduler
         self._schedule = schedule
         self._environments = environments
@@ -58,6 +64,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
                 num_handed_over=totals.handed_over,
                 num_continued=scheduler.grants.num_continued,
                 num_groups_ready=sum(group.is_ready for group in scheduler.groups.values()),
+                broadcasts=self._broadcasts.status(),
             )
 
     async def WatchEvents(  # noqa: N802
@@ -99,7 +106,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
     async def Why(  # noqa: N802
         self, request: pb.WhyRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.WhyResponse:
-        return pb.WhyResponse(lines=self._coordinator.why())
+        return pb.WhyResponse(lines=[*self._coordinator.why(), *self._broadcasts.why()])
 
     async def _set_paused(self, paused: bool) -> None:
         if self._scheduler.paused != paused:
@@ -134,6 +141,9 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
                 max_install_seconds=stats.max_install_seconds,
             ),
             state=self._scheduler.fleet.state(session, now),
+            weights=coordinator_pb2.WeightsUse(
+                medium=session.weights.medium, num_versions=session.weights.num_versions
+            ),
         )
 
     def _environment(self, name: str, totals: Totals) -> pb.EnvironmentStatus:

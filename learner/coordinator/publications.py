@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable, Sequence
 
 from penstock.codec import manifest_to_wire
 from penstock.trajectory import PolicyVersion
 from penstock.v1 import weights_pb2
-from penstock.weights.manifest import Manifest, ZeromqMedium
+from penstock.weights.manifest import Manifest, Medium, ZeromqMedium
 from penstock.weights.media.zeromq import ZeromqServer
 
 _log = logging.getLogger(__name__)
 
 _NUM_VERSIONS = 4
 
+Offer = Callable[[Manifest], Sequence[Medium]]
+
 
 class Publications:
-    """The newest manifests, and the ZeroMQ server that serves their chunks."""
+    """The newest manifests, and who sends their chunks."""
 
-    def __init__(self, server: ZeromqServer) -> None:
+    def __init__(self, server: ZeromqServer, offer: Offer = lambda _: ()) -> None:
+        """offer: begins to broadcast a version, and names how it may be taken, if there is anybody to take it."""
         self._server = server
+        self._offer = offer
         self._manifests: dict[PolicyVersion, weights_pb2.WeightManifest] = {}
 
     @property
@@ -38,7 +43,7 @@ class Publications:
         Raises WeightTransferError if the trainer's segment cannot be opened here.
         """
         self._server.add(manifest)
-        media = (*manifest.media, ZeromqMedium(endpoint=self._server.endpoint))
+        media = (*self._offer(manifest), *manifest.media, ZeromqMedium(endpoint=self._server.endpoint))
         offered = manifest_to_wire(dataclasses.replace(manifest, media=media))
         self._manifests[manifest.version] = offered
         for old in list(self._manifests)[:-_NUM_VERSIONS]:

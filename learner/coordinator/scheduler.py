@@ -29,7 +29,7 @@ from learner.coordinator.decisions import (
     Verdict,
 )
 from learner.coordinator.demand import Demand
-from learner.coordinator.fleet import ActorInfo, EnvironmentUse, Fleet, ReportedStats, Session
+from learner.coordinator.fleet import ActorInfo, EnvironmentUse, Fleet, ReportedStats, Session, WeightsUse
 from learner.coordinator.grants import Grants
 from learner.coordinator.groups import Filled, Group, HandedOver, LeaseOutcome
 from learner.coordinator.journal import Journal
@@ -211,6 +211,7 @@ class Scheduler:
         waits: Sequence[WaitSummary] = (),
         num_unacknowledged: int = 0,
         uses: Sequence[EnvironmentUse] = (),
+        weights: WeightsUse | None = None,
     ) -> None:
         """Keeps a session alive.
 
@@ -220,6 +221,7 @@ class Scheduler:
         session = self.fleet.require(session_id, now)
         session.installed, session.stats = installed, stats
         session.waits, session.num_unacknowledged = tuple(waits), num_unacknowledged
+        session.weights = weights or session.weights
         for report in progress:
             self.leases.progress(report, session_id, now)
         for use in uses:

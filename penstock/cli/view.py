@@ -56,9 +56,11 @@ def render(status: pb.GetStatusResponse, rewards: RewardHistory) -> RenderableTy
         "",
         _ledger(status.ledger),
     ]
-    refused = _refused(status.ledger)
+    refused, broadcasts = _refused(status.ledger), _broadcasts(status.broadcasts)
     if refused:
         parts.append(Text(refused, style="yellow"))
+    if broadcasts:
+        parts += ["", Text(broadcasts, style="yellow" if status.broadcasts.fallbacks else "")]
     parts += ["", _environments(status), "", _waiting(status)]
     state, style = _STATES.get(status.state, ("unknown", "red"))
     uptime = _clock(to_seconds(status.uptime))
@@ -125,7 +127,7 @@ def _progress(status: pb.GetStatusResponse, rewards: RewardHistory) -> Renderabl
 def _actors(status: pb.GetStatusResponse) -> RenderableType:
     if not status.actors:
         return Text("no actor is connected", style="yellow")
-    table = _columns("actor", "state", "version", "behind", "leases", "tokens/s", "silent", left=2)
+    table = _columns("actor", "state", "version", "behind", "leases", "tokens/s", "silent", "weights", left=2)
     for actor in sorted(status.actors, key=lambda actor: actor.actor_id):
         has_version = actor.HasField("installed")
         table.add_row(
@@ -136,8 +138,19 @@ def _actors(status: pb.GetStatusResponse) -> RenderableType:
             str(actor.num_leases),
             f"{actor.stats.tokens_per_second:,.0f}",
             f"{to_seconds(actor.since_heartbeat):.1f} s",
+            _said(actor.weights.medium or "-"),
         )
     return table
+
+
+def _broadcasts(status: pb.BroadcastStatus) -> str:
+    """Empty where all actors pull, and none ever did otherwise."""
+    if not status.num_groups and not status.fallbacks:
+        return ""
+    group = f"{status.num_members} actors ({status.backend}) {status.state}"
+    fallbacks = ", ".join(f"{count:,} {reason}" for reason, count in sorted(status.fallbacks.items()))
+    parts = [f"broadcasts: {status.num_broadcasts:,} versions", group if status.num_members else "no group"]
+    return "; ".join([*parts, f"pulled instead: {fallbacks}"] if fallbacks else parts)
 
 
 def _ledger(ledger: pb.LedgerStatus) -> RenderableType:

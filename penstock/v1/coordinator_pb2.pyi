@@ -206,6 +206,7 @@ class JoinRequest(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     LEASE_IDS_FIELD_NUMBER: _builtins.int
+    WEIGHTS_MEDIUM_FIELD_NUMBER: _builtins.int
     actor_id: _builtins.str
     """Stable over restarts of the same actor: a new session of a name fences the old."""
     protocol: _builtins.int
@@ -220,6 +221,10 @@ class JoinRequest(_message.Message):
     pid: _builtins.int
     device: _builtins.str
     """"cpu", "cuda"."""
+    weights_medium: _builtins.str
+    """How weights may come: "auto" (as the run says), "pull", or "collective": by broadcast
+    too, once the actor is in a group. Empty is "pull".
+    """
     @_builtins.property
     def lease_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Leases of an earlier session that this process still works on. All others that
@@ -238,10 +243,11 @@ class JoinRequest(_message.Message):
         pid: _builtins.int = ...,
         device: _builtins.str = ...,
         lease_ids: _abc.Iterable[_builtins.str] | None = ...,
+        weights_medium: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_id", b"actor_id", "address", b"address", "device", b"device", "engine", b"engine", "hostname", b"hostname", "lease_ids", b"lease_ids", "num_slots", b"num_slots", "pid", b"pid", "protocol", b"protocol"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_id", b"actor_id", "address", b"address", "device", b"device", "engine", b"engine", "hostname", b"hostname", "lease_ids", b"lease_ids", "num_slots", b"num_slots", "pid", b"pid", "protocol", b"protocol", "weights_medium", b"weights_medium"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -369,6 +375,7 @@ class WatchResponse(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     REVOKE_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def version(self) -> _weights_pb2.WeightManifest:
         """A version is published: fetch and install it."""
@@ -381,22 +388,83 @@ class WatchResponse(_message.Message):
     def drain(self) -> Global___Drain:
         """Finish or return what is running, then leave."""
 
+    @_builtins.property
+    def group(self) -> Global___GroupInvitation:
+        """Join a group that versions are broadcast to. Sent to who asked for it."""
+
     def __init__(
         self,
         *,
         version: _weights_pb2.WeightManifest | None = ...,
         revoke: Global___RevokeLeases | None = ...,
         drain: Global___Drain | None = ...,
+        group: Global___GroupInvitation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "drain", b"drain", "revoke", b"revoke", "version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "drain", b"drain", "group", b"group", "revoke", b"revoke", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "drain", b"drain", "revoke", b"revoke", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "drain", b"drain", "group", b"group", "revoke", b"revoke", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_directive: _TypeAlias = _typing.Literal["version", "revoke", "drain"]  # noqa: Y015
+    _WhichOneofReturnType_directive: _TypeAlias = _typing.Literal["version", "revoke", "drain", "group"]  # noqa: Y015
     _WhichOneofArgType_directive: _TypeAlias = _typing.Literal["directive", b"directive"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_directive) -> _WhichOneofReturnType_directive | None: ...
 
 Global___WatchResponse: _TypeAlias = WatchResponse  # noqa: Y015
+
+@_typing.final
+class GroupInvitation(_message.Message):
+    """A group is a fixed set of actors and one sender, the learner. Versions whose manifest
+    names it are broadcast to its members; an actor keeps its group until it gets a version
+    of another one, or its own fails. A member that does not come, or fails, is left out of
+    later groups; it always can pull.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    BACKEND_FIELD_NUMBER: _builtins.int
+    PIECE_BYTES_FIELD_NUMBER: _builtins.int
+    TIMEOUT_FIELD_NUMBER: _builtins.int
+    FORMING_FIELD_NUMBER: _builtins.int
+    group: _builtins.str
+    """Names the group, and is its secret."""
+    port: _builtins.int
+    """Of the sender's store, on the learner's host."""
+    rank: _builtins.int
+    """1 to size - 1; the sender is 0."""
+    size: _builtins.int
+    backend: _builtins.str
+    """"gloo" or "nccl"."""
+    piece_bytes: _builtins.int
+    @_builtins.property
+    def timeout(self) -> _duration_pb2.Duration:
+        """A piece that takes longer ends the group."""
+
+    @_builtins.property
+    def forming(self) -> _duration_pb2.Duration:
+        """So does a group that takes longer to come together."""
+
+    def __init__(
+        self,
+        *,
+        group: _builtins.str = ...,
+        port: _builtins.int = ...,
+        rank: _builtins.int = ...,
+        size: _builtins.int = ...,
+        backend: _builtins.str = ...,
+        piece_bytes: _builtins.int = ...,
+        timeout: _duration_pb2.Duration | None = ...,
+        forming: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["forming", b"forming", "timeout", b"timeout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "forming", b"forming", "group", b"group", "piece_bytes", b"piece_bytes", "port", b"port", "rank", b"rank", "size", b"size", "timeout", b"timeout"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroupInvitation: _TypeAlias = GroupInvitation  # noqa: Y015
 
 @_typing.final
 class RevokeLeases(_message.Message):
@@ -592,6 +660,7 @@ class HeartbeatRequest(_message.Message):
     WAITS_FIELD_NUMBER: _builtins.int
     ENVIRONMENTS_FIELD_NUMBER: _builtins.int
     PIECES_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     num_unacknowledged: _builtins.int
     """Items in the spool that are not acknowledged."""
@@ -615,6 +684,8 @@ class HeartbeatRequest(_message.Message):
     def environments(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvironmentUse]: ...
     @_builtins.property
     def pieces(self) -> _containers.RepeatedCompositeFieldContainer[Global___PartialPiece]: ...
+    @_builtins.property
+    def weights(self) -> Global___WeightsUse: ...
     def __init__(
         self,
         *,
@@ -626,14 +697,65 @@ class HeartbeatRequest(_message.Message):
         waits: _abc.Iterable[Global___ActorWait] | None = ...,
         environments: _abc.Iterable[Global___EnvironmentUse] | None = ...,
         pieces: _abc.Iterable[Global___PartialPiece] | None = ...,
+        weights: Global___WeightsUse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["installed", b"installed", "stats", b"stats"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["installed", b"installed", "stats", b"stats", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["environments", b"environments", "installed", b"installed", "num_unacknowledged", b"num_unacknowledged", "pieces", b"pieces", "progress", b"progress", "session_id", b"session_id", "stats", b"stats", "waits", b"waits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["environments", b"environments", "installed", b"installed", "num_unacknowledged", b"num_unacknowledged", "pieces", b"pieces", "progress", b"progress", "session_id", b"session_id", "stats", b"stats", "waits", b"waits", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HeartbeatRequest: _TypeAlias = HeartbeatRequest  # noqa: Y015
+
+@_typing.final
+class WeightsUse(_message.Message):
+    """By which media an actor's versions came: "collective", "shared memory", "zeromq",
+    "neighbour", or several of them joined by "+"; "held" if nothing had to come.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class NumVersionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    MEDIUM_FIELD_NUMBER: _builtins.int
+    NUM_VERSIONS_FIELD_NUMBER: _builtins.int
+    medium: _builtins.str
+    """The newest version's."""
+    @_builtins.property
+    def num_versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Versions since the actor started."""
+
+    def __init__(
+        self,
+        *,
+        medium: _builtins.str = ...,
+        num_versions: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["medium", b"medium", "num_versions", b"num_versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WeightsUse: _TypeAlias = WeightsUse  # noqa: Y015
 
 @_typing.final
 class PartialPiece(_message.Message):

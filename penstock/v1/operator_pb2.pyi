@@ -104,6 +104,7 @@ class GetStatusResponse(_message.Message):
     ACTORS_WANTED_FIELD_NUMBER: _builtins.int
     NUM_HANDED_OVER_FIELD_NUMBER: _builtins.int
     NUM_CONTINUED_FIELD_NUMBER: _builtins.int
+    BROADCASTS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     state: Global___RunState.ValueType
     num_steps: _builtins.int
@@ -136,6 +137,8 @@ class GetStatusResponse(_message.Message):
     def uptime(self) -> _duration_pb2.Duration: ...
     @_builtins.property
     def environments(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvironmentStatus]: ...
+    @_builtins.property
+    def broadcasts(self) -> Global___BroadcastStatus: ...
     def __init__(
         self,
         *,
@@ -156,14 +159,81 @@ class GetStatusResponse(_message.Message):
         actors_wanted: _builtins.int = ...,
         num_handed_over: _builtins.int = ...,
         num_continued: _builtins.int = ...,
+        broadcasts: Global___BroadcastStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "uptime", b"uptime", "version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["broadcasts", b"broadcasts", "ledger", b"ledger", "uptime", b"uptime", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actors", b"actors", "actors_wanted", b"actors_wanted", "environments", b"environments", "ledger", b"ledger", "max_lag", b"max_lag", "metrics", b"metrics", "num_continued", b"num_continued", "num_groups_open", b"num_groups_open", "num_groups_ready", b"num_groups_ready", "num_handed_over", b"num_handed_over", "num_steps", b"num_steps", "run_id", b"run_id", "state", b"state", "tokens_per_second", b"tokens_per_second", "uptime", b"uptime", "version", b"version", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actors", b"actors", "actors_wanted", b"actors_wanted", "broadcasts", b"broadcasts", "environments", b"environments", "ledger", b"ledger", "max_lag", b"max_lag", "metrics", b"metrics", "num_continued", b"num_continued", "num_groups_open", b"num_groups_open", "num_groups_ready", b"num_groups_ready", "num_handed_over", b"num_handed_over", "num_steps", b"num_steps", "run_id", b"run_id", "state", b"state", "tokens_per_second", b"tokens_per_second", "uptime", b"uptime", "version", b"version", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class BroadcastStatus(_message.Message):
+    """Versions that are broadcast to a group of actors instead of being pulled by each."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class FallbacksEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    STATE_FIELD_NUMBER: _builtins.int
+    NUM_MEMBERS_FIELD_NUMBER: _builtins.int
+    BACKEND_FIELD_NUMBER: _builtins.int
+    NUM_GROUPS_FIELD_NUMBER: _builtins.int
+    NUM_BROADCASTS_FIELD_NUMBER: _builtins.int
+    FALLBACKS_FIELD_NUMBER: _builtins.int
+    LAST_FAILURE_FIELD_NUMBER: _builtins.int
+    state: _builtins.str
+    """"off", "none", "forming", "standing" or "sending"."""
+    num_members: _builtins.int
+    """Actors in the group that stands."""
+    backend: _builtins.str
+    """"gloo" or "nccl"; empty without a group."""
+    num_groups: _builtins.int
+    """Groups that have come together, and versions that were broadcast whole, since the start."""
+    num_broadcasts: _builtins.int
+    last_failure: _builtins.str
+    @_builtins.property
+    def fallbacks(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Groups and broadcasts that failed, so that actors pulled, by reason."""
+
+    def __init__(
+        self,
+        *,
+        state: _builtins.str = ...,
+        num_members: _builtins.int = ...,
+        backend: _builtins.str = ...,
+        num_groups: _builtins.int = ...,
+        num_broadcasts: _builtins.int = ...,
+        fallbacks: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        last_failure: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "fallbacks", b"fallbacks", "last_failure", b"last_failure", "num_broadcasts", b"num_broadcasts", "num_groups", b"num_groups", "num_members", b"num_members", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BroadcastStatus: _TypeAlias = BroadcastStatus  # noqa: Y015
 
 @_typing.final
 class ActorStatus(_message.Message):
@@ -178,6 +248,7 @@ class ActorStatus(_message.Message):
     SINCE_HEARTBEAT_FIELD_NUMBER: _builtins.int
     STATS_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
     actor_id: _builtins.str
     session_id: _builtins.str
     engine: _builtins.str
@@ -191,6 +262,10 @@ class ActorStatus(_message.Message):
     def since_heartbeat(self) -> _duration_pb2.Duration: ...
     @_builtins.property
     def stats(self) -> _coordinator_pb2.EngineStats: ...
+    @_builtins.property
+    def weights(self) -> _coordinator_pb2.WeightsUse:
+        """How its versions come."""
+
     def __init__(
         self,
         *,
@@ -203,10 +278,11 @@ class ActorStatus(_message.Message):
         since_heartbeat: _duration_pb2.Duration | None = ...,
         stats: _coordinator_pb2.EngineStats | None = ...,
         state: _builtins.str = ...,
+        weights: _coordinator_pb2.WeightsUse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["installed", b"installed", "since_heartbeat", b"since_heartbeat", "stats", b"stats"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["installed", b"installed", "since_heartbeat", b"since_heartbeat", "stats", b"stats", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_id", b"actor_id", "address", b"address", "engine", b"engine", "installed", b"installed", "num_leases", b"num_leases", "session_id", b"session_id", "since_heartbeat", b"since_heartbeat", "state", b"state", "stats", b"stats"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_id", b"actor_id", "address", b"address", "engine", b"engine", "installed", b"installed", "num_leases", b"num_leases", "session_id", b"session_id", "since_heartbeat", b"since_heartbeat", "state", b"state", "stats", b"stats", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

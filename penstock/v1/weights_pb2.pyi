@@ -277,21 +277,25 @@ class WeightMedium(_message.Message):
 
     SHARED_MEMORY_FIELD_NUMBER: _builtins.int
     ZEROMQ_FIELD_NUMBER: _builtins.int
+    COLLECTIVE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def shared_memory(self) -> Global___SharedMemoryMedium: ...
     @_builtins.property
     def zeromq(self) -> Global___ZeromqMedium: ...
+    @_builtins.property
+    def collective(self) -> Global___CollectiveMedium: ...
     def __init__(
         self,
         *,
         shared_memory: Global___SharedMemoryMedium | None = ...,
         zeromq: Global___ZeromqMedium | None = ...,
+        collective: Global___CollectiveMedium | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["medium", b"medium", "shared_memory", b"shared_memory", "zeromq", b"zeromq"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["collective", b"collective", "medium", b"medium", "shared_memory", b"shared_memory", "zeromq", b"zeromq"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["medium", b"medium", "shared_memory", b"shared_memory", "zeromq", b"zeromq"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collective", b"collective", "medium", b"medium", "shared_memory", b"shared_memory", "zeromq", b"zeromq"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_medium: _TypeAlias = _typing.Literal["shared_memory", "zeromq"]  # noqa: Y015
+    _WhichOneofReturnType_medium: _TypeAlias = _typing.Literal["shared_memory", "zeromq", "collective"]  # noqa: Y015
     _WhichOneofArgType_medium: _TypeAlias = _typing.Literal["medium", b"medium"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_medium) -> _WhichOneofReturnType_medium | None: ...
 
@@ -348,6 +352,29 @@ class ZeromqMedium(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ZeromqMedium: _TypeAlias = ZeromqMedium  # noqa: Y015
+
+@_typing.final
+class CollectiveMedium(_message.Message):
+    """For the members of a group (coordinator.proto, GroupInvitation): the version is
+    broadcast to them. All others pass it over.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    group: _builtins.str
+    def __init__(
+        self,
+        *,
+        group: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CollectiveMedium: _TypeAlias = CollectiveMedium  # noqa: Y015
 
 @_typing.final
 class ChunkRequest(_message.Message):

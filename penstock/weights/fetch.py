@@ -1,5 +1,6 @@
 """Brings a version to this process: whole and verified, or not at all.
 
+What a medium does not bring is asked of the next one; what it brought counts.
 Two buffers take turns: what was fetched last stays intact while the next version is
 staged in the other. A chunk that either buffer holds already is not fetched again, and
 from another host deltas or adapters are fetched instead of what they can make.
@@ -10,7 +11,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +21,9 @@ from penstock.errors import WeightTransferError
 from penstock.weights.adapting import Adapting
 from penstock.weights.buffer import ChunkBuffer
 from penstock.weights.catching_up import CatchingUp
-from penstock.weights.manifest import Manifest, Medium, SharedMemoryMedium
+from penstock.weights.manifest import CollectiveMedium, Manifest, Medium, SharedMemoryMedium, ZeromqMedium
 from penstock.weights.media.base import Patience, WeightReceiver
+from penstock.weights.media.collective import CollectiveReceiver
 from penstock.weights.media.shared_memory import SharedMemoryReceiver
 from penstock.weights.media.zeromq import ZeromqReceiver
 from penstock.weights.neighbours import Neighbours
@@ -29,6 +32,11 @@ from penstock.weights.staged import StagedWeights
 _log = logging.getLogger(__name__)
 
 _ATTEMPTS_PER_MEDIUM = 2
+_NAMES: dict[type[Medium], str] = {
+    SharedMemoryMedium: "shared",
+    ZeromqMedium: "zeromq",
+    CollectiveMedium: "broadcast",
+}
 
 
 class WeightFetcher:
@@ -49,6 +57,10 @@ class WeightFetcher:
             receiver.medium: receiver for receiver in given
         }
         self._neighbours = neighbours
+        self.came_over = ""
+        """How the version that was fetched last came: names of media, joined by "+"."""
+        self.num_fetched: Counter[str] = Counter()
+        """Versions by how they came."""
         make_buffer = ChunkBuffer if neighbours is None else neighbours.make_buffer
         self._newest, self._spare = make_buffer(), make_buffer()
         self._catching_up = CatchingUp()
@@ -72,10 +84,11 @@ class WeightFetcher:
             deadline=time.monotonic() + timeout_seconds, abandoned=abandoned or threading.Event()
         )
         if in_place and (buffer := self._in_place(manifest)) is not None:
+            self._note(("shared",))
             return StagedWeights(manifest=manifest, buffer=buffer, verified=False)
         staging = self._spare
         staging.prepare(manifest, self._newest)
-        self._fetch_missing(manifest, staging, patience)
+        self._note(self._fetch_missing(manifest, staging, patience))
         self._newest, self._spare = staging, self._newest
         return StagedWeights(manifest=manifest, buffer=staging.packed)
 
@@ -85,9 +98,14 @@ class WeightFetcher:
         if self._neighbours is not None:
             self._neighbours.close()
 
+    def _note(self, names: Sequence[str]) -> None:
+        self.came_over = "+".join(names) or "held"
+        self.num_fetched[self.came_over] += 1
+
     def _in_place(self, manifest: Manifest) -> NDArray[np.uint8] | None:
-        for medium in manifest.media:
-            receiver = self._receivers.get(type(medium))
+        for medium, receiver in self._usable(manifest):
+            if isinstance(medium, CollectiveMedium):
+                return None
             if isinstance(medium, SharedMemoryMedium) and isinstance(receiver, SharedMemoryReceiver):
                 try:
                     return receiver.in_place(manifest, medium)
@@ -95,28 +113,45 @@ class WeightFetcher:
                     _log.debug("version %s does not lie on this host: %s", manifest.version, error)
         return None
 
-    def _fetch_missing(self, manifest: Manifest, staging: ChunkBuffer, patience: Patience) -> None:
-        failures: list[str] = []
+    def _usable(self, manifest: Manifest) -> Iterator[tuple[Medium, WeightReceiver]]:
+        """The media that this end understands, and for broadcasts is a member of."""
         for medium in manifest.media:
-            if not staging.missing():
-                return
             receiver = self._receivers.get(type(medium))
             if receiver is None:
                 continue
+            if isinstance(receiver, CollectiveReceiver):
+                assert isinstance(medium, CollectiveMedium)
+                if not receiver.has(medium):
+                    continue
+            yield medium, receiver
+
+    def _fetch_missing(self, manifest: Manifest, staging: ChunkBuffer, patience: Patience) -> list[str]:
+        """Returns the names of the media that brought something."""
+        failures: list[str] = []
+        names: list[str] = []
+        for medium, receiver in self._usable(manifest):
+            before = len(staging.missing())
+            if not before:
+                break
+            name = _NAMES[type(medium)]
             try:
-                if isinstance(medium, SharedMemoryMedium):
-                    _fetch_over(receiver, medium, manifest, staging, patience)
+                if isinstance(medium, ZeromqMedium):
+                    name = self._fetch_once(receiver, medium, manifest, staging, patience)
                 else:
-                    self._fetch_once(receiver, medium, manifest, staging, patience)
+                    _fetch_over(receiver, medium, manifest, staging, patience)
             except WeightTransferError as error:
                 patience.check(f"version {manifest.version}")
                 failures.append(f"{type(medium).__name__}: {error}")
                 _log.warning("version %s over %s: %s", manifest.version, type(medium).__name__, error)
+            if len(staging.missing()) < before:
+                names.append(name)
+        staging.show()
         if staging.missing():
             raise WeightTransferError(
                 f"version {manifest.version}: {len(staging.missing())} of {len(manifest.chunk_digests)} chunks "
                 f"did not arrive: {'; '.join(failures) or 'no medium of it is known here'}"
             )
+        return names
 
     def _fetch_once(
         self,
@@ -125,16 +160,19 @@ class WeightFetcher:
         manifest: Manifest,
         staging: ChunkBuffer,
         patience: Patience,
-    ) -> None:
-        """Over the network, unless another fetcher of this host has it or is about to."""
+    ) -> str:
+        """Over the network, unless another fetcher of this host has it or is about to. Returns how."""
+        name = _NAMES[type(medium)]
         if self._neighbours is None:
             self._fetch_remote(receiver, medium, manifest, staging, patience)
-            return
+            return name
         with self._neighbours.turn(manifest, patience):
             self._neighbours.copy(staging)
-            if staging.missing():
-                self._fetch_remote(receiver, medium, manifest, staging, patience)
+            if not staging.missing():
+                return "neighbour"
+            self._fetch_remote(receiver, medium, manifest, staging, patience)
             staging.show()
+        return name
 
     def _fetch_remote(
         self,

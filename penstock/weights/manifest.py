@@ -21,6 +21,7 @@ import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 from blake3 import blake3
@@ -66,7 +67,22 @@ class ZeromqMedium:
     endpoint: str
 
 
-Medium = SharedMemoryMedium | ZeromqMedium
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectiveMedium:
+    """The version is broadcast to the members of a group; nobody else can take it this way."""
+
+    group: str
+
+
+Medium = SharedMemoryMedium | ZeromqMedium | CollectiveMedium
+
+
+class WeightsMedium(StrEnum):
+    """What a run, and an actor, says of broadcasts."""
+
+    AUTO = "auto"
+    PULL = "pull"
+    COLLECTIVE = "collective"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,8 @@ header's first 16 bytes are the nonce. The writer sets it to zero, writes the te
 then sets it to a random value that the manifest repeats; so a reader that finds the
 manifest's nonce before *and* after it read knows that nobody wrote in between. (It
 verifies digests as well.) The next 32 bytes are a digest of the content, which engines
-name it by (actors/engines/host_ring.py).
+name it by (actors/engines/host_ring.py), and the next 8 count the bytes that have arrived
+so far where a version is received (penstock/broadcast).
 
 Plain files rather than multiprocessing.shared_memory, whose resource tracker unlinks
 what other processes still use. They are allocated once and then reused: writing to
@@ -48,6 +49,7 @@ from penstock.weights.manifest import (
 HEADER_BYTES = 64
 NONCE_BYTES = 16
 _DIGEST = slice(NONCE_BYTES, NONCE_BYTES + DIGEST_BYTES)
+_NUM_ARRIVED = slice(_DIGEST.stop, _DIGEST.stop + 8)
 
 _log = logging.getLogger(__name__)
 
@@ -79,6 +81,11 @@ class Segment:
         return digest.hex() if any(digest) else None
 
     @property
+    def num_arrived(self) -> int:
+        """Bytes that are there, where a version is still arriving."""
+        return int(self._bytes[_NUM_ARRIVED].view("<u8")[0])
+
+    @property
     def capacity(self) -> int:
         return self._bytes.size - HEADER_BYTES
 
@@ -89,6 +96,9 @@ class Segment:
 
     def set_nonce(self, nonce: bytes) -> None:
         self._bytes[:NONCE_BYTES] = np.frombuffer(nonce, dtype=np.uint8)
+
+    def set_num_arrived(self, num_bytes: int) -> None:
+        self._bytes[_NUM_ARRIVED].view("<u8")[0] = num_bytes
 
     def set_digest(self, digest: str | None) -> None:
         raw = bytes(DIGEST_BYTES) if digest is None else bytes.fromhex(digest)

@@ -113,7 +113,7 @@ class WeightTransportSuite:
         def overwrite(number: int) -> None:
             if number == 2:
                 for step in range(1, 4):
-                    ring.write(PolicyVersion(1, step), tensors(seed=step))
+                    self.publish(ring, step, tensors(seed=step))
 
         more_than_is_in_flight = [tensor("long", (40 * CHUNK // 4,))]
         first = self.publish(ring, 0, more_than_is_in_flight)

@@ -30,7 +30,15 @@ import grpc
 
 from environments.base import Description
 from environments.wire import description_to_wire
-from learner.config import BreakerConfig, DiskConfig, FleetConfig, LedgerConfig, RunConfig, ScheduleConfig
+from learner.config import (
+    BreakerConfig,
+    DiskConfig,
+    FleetConfig,
+    LedgerConfig,
+    RunConfig,
+    ScheduleConfig,
+    WeightsConfig,
+)
 from learner.coordinator import segments, tables
 from learner.coordinator.audit import audit
 from learner.coordinator.core import NO_LIMITS
@@ -42,6 +50,7 @@ from penstock.cli.run_client import RunClient
 from penstock.errors import PeerLost, PenstockError
 from penstock.trajectory import Sampling
 from penstock.v1 import environment_pb2_grpc, operator_pb2
+from penstock.weights.media.collective import CollectiveReceiver
 
 from .scripted_actor import Script, ScriptedActor
 
@@ -156,6 +165,7 @@ class Bench:
         keep_payloads: bool = False,
         disk: DiskConfig = NO_LIMITS,
         training: TrainingConfig = TrainingConfig(),  # noqa: B008
+        weights: WeightsConfig = WeightsConfig(),  # noqa: B008
     ) -> None:
         """environments: addresses of real servers, for actors that ask them; by default one that is only described."""
         self.folder = folder
@@ -170,6 +180,7 @@ class Bench:
         self.keep_payloads = keep_payloads
         self.disk = disk
         self.training = training
+        self.weights = weights
         self.address = ""
         self.coordinator: Process | None = None
         self.trainer: Process | None = None
@@ -218,6 +229,7 @@ class Bench:
             breaker=self.breaker,
             ledger=LedgerConfig(keep_payloads=self.keep_payloads, disk=self.disk),
             training=self.training,
+            weights=self.weights,
         )
         path = self.run_dir / "config.toml"
         path.write_text(config.to_toml(settings))
@@ -226,9 +238,10 @@ class Bench:
         self.address = await self.coordinator.line("coordinator ready on ")
         return self.coordinator
 
-    def start_trainer(self, *, step_seconds: float = 0.0) -> Process:
+    def start_trainer(self, *, step_seconds: float = 0.0, ballast_bytes: int = 0) -> Process:
         module = [sys.executable, "-m", "tests.faults.scripted_trainer", self.address, str(self.folder)]
         options = ["--num-steps", str(self.schedule.num_steps), "--step-seconds", str(step_seconds)]
+        options += ["--ballast-bytes", str(ballast_bytes)]
         self.trainer = self.process("trainer", [*module, *options])
         return self.trainer
 
@@ -240,6 +253,7 @@ class Bench:
         num_slots: int = 8,
         address: str = "",
         asks: bool = False,
+        groups: CollectiveReceiver | None = None,
     ) -> ScriptedActor:
         """An actor in this process."""
         made = ScriptedActor(
@@ -249,6 +263,7 @@ class Bench:
             script=script or Script(),
             num_slots=num_slots,
             asks=asks,
+            groups=groups,
         )
         self.actors[name] = made
         self.tasks[name] = asyncio.create_task(made.run(), name=name)

@@ -42,6 +42,10 @@ from penstock.trajectory import FinishReason, Lease, PolicyVersion, Reward, Task
 from penstock.v1.coordinator_pb2 import JoinResponse
 from penstock.waits import Waits
 from penstock.weights.fetch import WeightFetcher
+from penstock.weights.manifest import WeightsMedium
+from penstock.weights.media.collective import CollectiveReceiver
+from penstock.weights.media.shared_memory import SharedMemoryReceiver
+from penstock.weights.media.zeromq import ZeromqReceiver
 from penstock.weights.staged import StagedWeights
 
 NUM_PROMPT_TOKENS = 2
@@ -221,8 +225,11 @@ class ScriptedActor:
         script: Script,
         num_slots: int = 8,
         asks: bool = False,
+        groups: CollectiveReceiver | None = None,
     ) -> None:
+        """groups: that versions are broadcast to; without any, versions are pulled."""
         self.name = name
+        self._groups = groups
         self.engine = ScriptedEngine(script)
         self.engine.num_slots = num_slots
         self.player = ScriptedPlayer(self.engine, script, name)
@@ -248,6 +255,7 @@ class ScriptedActor:
             hostname="localhost",
             pid=os.getpid(),
             device="cpu",
+            weights_medium=WeightsMedium.COLLECTIVE if self._groups else WeightsMedium.PULL,
         )
         session = Session(
             self._address,
@@ -259,7 +267,8 @@ class ScriptedActor:
         )
         stack.push_async_callback(session.close)
         welcome = await session.join(connect_seconds=60.0)
-        fetcher = WeightFetcher()
+        own = () if self._groups is None else (self._groups,)
+        fetcher = WeightFetcher((SharedMemoryReceiver(), ZeromqReceiver(), *own))
         stack.callback(fetcher.close)
         waits = Waits()
         players: Any = AnyEnvironment(self.player)
@@ -276,6 +285,7 @@ class ScriptedActor:
             stop=self.stop,
             stream_tokens=welcome.stream_tokens,
             waits=waits,
+            groups=self._groups,
         )
         return self.actor
 
@@ -303,7 +313,12 @@ async def _run(arguments: argparse.Namespace) -> None:
         hoard_bytes=arguments.hoard_bytes,
     )
     actor = ScriptedActor(
-        arguments.address, arguments.name, arguments.history, script=script, asks=arguments.asks
+        arguments.address,
+        arguments.name,
+        arguments.history,
+        script=script,
+        asks=arguments.asks,
+        groups=CollectiveReceiver(host="127.0.0.1", device="cpu") if arguments.groups else None,
     )
     actor.stop.on_signals()
     async with task_group() as tasks:
@@ -319,6 +334,7 @@ def main() -> None:
     parser.add_argument("--token-seconds", type=float, default=0.002)
     parser.add_argument("--hoard-bytes", type=int, default=0)
     parser.add_argument("--asks", action="store_true")
+    parser.add_argument("--groups", action="store_true")
     uvloop.run(_run(parser.parse_args()))
 
 

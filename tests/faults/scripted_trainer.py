@@ -19,10 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from learner.training.coordinator import GrpcCoordinator
 from penstock.trajectory import PolicyVersion
-from penstock.weights.manifest import HostTensor
+from penstock.weights.manifest import CHUNK_BYTES, HostTensor
 from penstock.weights.segment import SegmentRing, run_prefix
 
 WAIT_SECONDS = 2.0
@@ -34,13 +35,17 @@ class ScriptedTrainer:
         self._every: int = arguments.checkpoint_every
         self._num_steps: int = arguments.num_steps
         self._step_seconds: float = arguments.step_seconds
+        self._ballast_bytes: int = arguments.ballast_bytes
         self._coordinator = GrpcCoordinator(arguments.address)
         self._step, self._state = self._newest_checkpoint()
 
     def run(self) -> None:
         lineage = self._coordinator.open_lineage(self._step)
         with contextlib.closing(
-            SegmentRing(name_prefix=run_prefix(lineage.run_id), chunk_bytes=4096)
+            SegmentRing(
+                name_prefix=run_prefix(lineage.run_id),
+                chunk_bytes=CHUNK_BYTES if self._ballast_bytes else 4096,
+            )
         ) as ring:
             self._train(lineage.epoch, ring)
 
@@ -74,9 +79,16 @@ class ScriptedTrainer:
         version = PolicyVersion(epoch, self._step)
         data = np.frombuffer(bytes.fromhex(self._state), dtype=np.uint8).copy()
         tensor = HostTensor(name="state", dtype="F32", shape=(len(data) // 4,), data=data)
-        manifest = ring.write(version, [tensor])
+        manifest = ring.write(version, [tensor, *self._ballast(data)])
         self._note("publish", epoch, digest=manifest.digest)
         self._coordinator.publish_version(version, manifest, {}, trained)
+
+    def _ballast(self, state: NDArray[np.uint8]) -> list[HostTensor]:
+        """A tensor that weighs something, and is another in every version."""
+        if not self._ballast_bytes:
+            return []
+        data = np.resize(state, self._ballast_bytes)
+        return [HostTensor(name="ballast", dtype="F32", shape=(self._ballast_bytes // 4,), data=data)]
 
     def _checkpoint(self, epoch: int) -> None:
         path = self._folder / f"checkpoint-{self._step:06d}.json"
@@ -110,6 +122,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--num-steps", type=int, required=True)
     parser.add_argument("--step-seconds", type=float, default=0.0)
+    parser.add_argument("--ballast-bytes", type=int, default=0)
     parser.add_argument("--checkpoint-every", type=int, default=2)
     trainer = ScriptedTrainer(parser.parse_args())
     try:

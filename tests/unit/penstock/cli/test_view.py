@@ -34,6 +34,7 @@ def a_status() -> pb.GetStatusResponse:
                 num_leases=32,
                 since_heartbeat=to_duration(0.4),
                 stats=coordinator_pb2.EngineStats(tokens_per_second=1234),
+                weights=coordinator_pb2.WeightsUse(medium="zeromq"),
             ),
         ],
         ledger=pb.LedgerStatus(accepted=5120, trained=4736, pending=371, surplus=13, max_lag_trained=3),
@@ -63,7 +64,7 @@ def test_the_view_says_what_a_run_does() -> None:
         "the learner waits since 0.2 s for 3 groups of step 37",
     ):
         assert expected in text
-    assert row(text, "actor-1") == ["actor-1", "ready", "1.35", "2", "32", "1,234", "0.4", "s"]
+    assert row(text, "actor-1") == ["actor-1", "ready", "1.35", "2", "32", "1,234", "0.4", "s", "zeromq"]
     assert row(text, "5,120  ") == ["5,120", "4,736", "371", "0", "13", "0", "0", "0"]
     assert row(text, "spell_backward") == ["spell_backward", "127.0.0.1:7081", "5,120", "0", "0"]
 
@@ -113,6 +114,22 @@ def test_an_imbalance_and_refusals_are_shown() -> None:
 
     assert row(text, "5,120  ")[-1] == "-2"
     assert "rejected: 3 BAD_LENGTHS; sent twice: 7" in text
+
+
+def test_broadcasts_are_shown_once_there_are_any() -> None:
+    status = a_status()
+    assert "broadcast" not in drawn(render(status, RewardHistory()))
+    status.actors[0].weights.medium = "broadcast"
+    status.broadcasts.state, status.broadcasts.backend = "sending", "nccl"
+    status.broadcasts.num_members, status.broadcasts.num_groups, status.broadcasts.num_broadcasts = 3, 1, 1204
+    text = drawn(render(status, RewardHistory()))
+    assert row(text, "actor-1")[-1] == "broadcast"
+    assert "broadcasts: 1,204 versions; 3 actors (nccl) sending" in text
+
+    status.broadcasts.fallbacks["lost"] = 2
+    status.broadcasts.num_members, status.broadcasts.state = 0, "none"
+    text = drawn(render(status, RewardHistory()), width=120)
+    assert "1,204 versions; no group; pulled instead: 2 lost" in text
 
 
 def test_faults_of_environments_are_named() -> None:

@@ -16,8 +16,16 @@ from penstock.codec import manifest_from_wire, manifest_to_wire
 from penstock.errors import WeightTransferError
 from penstock.trajectory import PolicyVersion
 from penstock.weights.fetch import WeightFetcher
-from penstock.weights.manifest import HostTensor, Manifest, Medium, SharedMemoryMedium, ZeromqMedium
+from penstock.weights.manifest import (
+    CollectiveMedium,
+    HostTensor,
+    Manifest,
+    Medium,
+    SharedMemoryMedium,
+    ZeromqMedium,
+)
 from penstock.weights.media.base import Chunk, Patience
+from penstock.weights.media.collective import CollectiveReceiver
 from penstock.weights.media.zeromq import ZeromqServer
 from penstock.weights.segment import SegmentRing
 from penstock.weights.staged import StagedWeights, stage
@@ -80,6 +88,29 @@ def test_the_next_medium_brings_what_the_first_could_not(caplog: pytest.LogCaptu
     assert np.array_equal(staged.buffer, wanted.buffer)
     assert (shared.num_chunks, network.num_chunks) == (2, 1)
     assert "SharedMemoryMedium: torn down" in caplog.text
+
+
+def test_what_a_broadcast_brought_is_counted_and_the_rest_is_pulled() -> None:
+    wanted = version(0, media=(CollectiveMedium(group="g"), NETWORK))
+    broadcast = FakeReceiver(CollectiveMedium, [wanted], error="a member fell silent")
+    network = FakeReceiver(ZeromqMedium, [wanted])
+    fetcher = WeightFetcher([broadcast, network])
+    staged = fetcher.fetch(wanted.manifest, timeout_seconds=10)
+    assert np.array_equal(staged.buffer, wanted.buffer)
+    assert (broadcast.num_chunks, network.num_chunks) == (2, 1)
+    assert fetcher.came_over == "broadcast+zeromq"
+
+
+def test_who_is_no_member_passes_a_broadcast_over_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    wanted = version(0, media=(CollectiveMedium(group="g"), NETWORK))
+    outsider = CollectiveReceiver(host="127.0.0.1", device="cpu")
+    fetcher = WeightFetcher([outsider, FakeReceiver(ZeromqMedium, [wanted])])
+    with caplog.at_level(logging.INFO):
+        fetcher.fetch(wanted.manifest, timeout_seconds=10)
+    assert not caplog.text
+    assert fetcher.came_over == "zeromq"
+    fetcher.fetch(wanted.manifest, timeout_seconds=10)
+    assert fetcher.num_fetched == {"zeromq": 1, "held": 1}
 
 
 def test_when_every_medium_fails_each_reason_is_told() -> None:

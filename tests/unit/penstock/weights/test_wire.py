@@ -13,7 +13,7 @@ from penstock.codec import manifest_from_wire, manifest_to_wire
 from penstock.errors import ProtocolError
 from penstock.trajectory import PolicyVersion
 from penstock.v1 import weights_pb2
-from penstock.weights.manifest import SharedMemoryMedium, ZeromqMedium, check_manifest
+from penstock.weights.manifest import CollectiveMedium, SharedMemoryMedium, ZeromqMedium, check_manifest
 from penstock.weights.staged import stage
 from tests.unit.penstock.weights.test_manifest import tensor_tables
 from tests.weight_fixtures import tensors
@@ -23,6 +23,7 @@ GOOD = dataclasses.replace(
     media=(
         SharedMemoryMedium(name="penstock-1.0123456789abcdef", nonce="ab" * 16),
         ZeromqMedium(endpoint="tcp://127.0.0.1:7071"),
+        CollectiveMedium(group="group-3-0123"),
     ),
 )
 

@@ -1,0 +1,6 @@
+import sys
+
+from penstock.broadcast.member import main
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
