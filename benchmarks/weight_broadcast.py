@@ -4,6 +4,8 @@
     verified_gb_per_s    the same until every member has each chunk in place, its digest checked
     pull_gb_per_s        the same over ZeroMQ, each member by itself (--pull)
     forming_seconds      from starting the processes to a group
+    beside_ratio         work that a computing process of one thread gets done beside a broadcast every second,
+                         over what it gets done without (--beside, on CPUs): the trainer's place
 
 Each is a median. Members on one GPU pass for different hosts, so that NCCL takes sockets between them.
 """
@@ -12,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -98,6 +102,52 @@ def measure_pulls(
     return {"pull_gb_per_s": statistics.median(rates[len(manifests) :]) / 1e9}
 
 
+COMPUTE = """
+import sys, time
+import numpy as np
+
+matrix = np.random.default_rng(0).standard_normal((256, 256))
+for line in sys.stdin:
+    until, count = time.monotonic() + float(line), 0
+    while time.monotonic() < until:
+        matrix @ matrix
+        count += 1
+    print(count, flush=True)
+"""
+BESIDE_SECONDS = 8.0
+
+
+def measure_beside(
+    manifests: Sequence[Manifest], arguments: argparse.Namespace, threads: ThreadPoolExecutor
+) -> dict[str, float]:
+    """Twice without, around once with."""
+    group = Group(arguments.receivers, piece_bytes=arguments.piece_mib << 20)
+    computing = subprocess.Popen(
+        [sys.executable, "-c", COMPUTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+    def compute(versions: Sequence[Manifest]) -> int:
+        assert computing.stdin is not None
+        assert computing.stdout is not None
+        computing.stdin.write(f"{BESIDE_SECONDS}\n")
+        computing.stdin.flush()
+        for manifest in versions:
+            group.sender.send(manifest)
+            taking = [threads.submit(take, receiver, manifest) for receiver in group.receivers]
+            assert not any(taken.result(timeout=SECONDS).missing() for taken in taking)
+            group.sender.next(EventKind.SENT)
+            time.sleep(1.0)
+        return int(computing.stdout.readline())
+
+    compute(manifests)
+    before = compute(())
+    beside = compute([manifests[number % 2] for number in range(int(BESIDE_SECONDS) - 2)])
+    after = compute(())
+    computing.kill()
+    group.close()
+    return {"beside_ratio": beside / ((before + after) / 2)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -108,6 +158,7 @@ def main() -> None:
     parser.add_argument("--piece-mib", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pull", action="store_true", help="measure ZeroMQ too")
+    parser.add_argument("--beside", action="store_true", help="measure what it costs others (gloo)")
     add_arguments(parser)
     arguments = parser.parse_args()
     ring = SegmentRing(name_prefix="penstock-benchmark-broadcast", num_segments=2)
@@ -119,6 +170,8 @@ def main() -> None:
             results = measure_broadcasts(manifests, arguments, threads)
             if arguments.pull:
                 results |= measure_pulls(manifests, arguments, threads)
+            if arguments.beside:
+                results |= measure_beside(manifests, arguments, threads)
     finally:
         ring.close()
     write(results, arguments)

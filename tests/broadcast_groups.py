@@ -202,7 +202,8 @@ class Group:
             self.receivers.append(receiver)
         self.sender.form(size, backend=backend)
         if size == num_receivers + 1:
-            self.sender.next(EventKind.FORMED)
+            event = self.sender.next(EventKind.FORMED, EventKind.FAILED, EventKind.ENDED)
+            assert event.kind == EventKind.FORMED, event
 
     def close(self) -> None:
         for receiver in self.receivers:

@@ -1,6 +1,4 @@
-import sys
-
 from penstock.broadcast.member import main
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

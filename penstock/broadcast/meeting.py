@@ -23,16 +23,15 @@ _log = logging.getLogger(__name__)
 BEAT_SECONDS = 0.5
 SILENT_SECONDS = 3.0
 """A member that says nothing for this long is lost."""
-_CALL_SECONDS = 10.0
-_LOOK_SECONDS = 1.0
+_LOOK_SECONDS = 5.0
 
 
 class StoreLost(Exception):
     """The sender's store does not answer: the sender is gone, or ended the group."""
 
 
-def open_store(host: str) -> tuple[TCPStore, int]:
-    """Listens on a free port of `host`, and on no other address."""
+def open_store(host: str, seconds: float) -> tuple[TCPStore, int]:
+    """Listens on a free port of `host`, and on no other address. seconds: as for `connect`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.bind((host, 0))
@@ -42,16 +41,19 @@ def open_store(host: str) -> tuple[TCPStore, int]:
         _reachable(host),
         port,
         is_master=True,
-        timeout=timedelta(seconds=_CALL_SECONDS),
+        timeout=timedelta(seconds=seconds),
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )
     return store, port
 
 
-def connect(host: str, port: int) -> TCPStore:
-    """A client of its own: one that waits keeps all who share it waiting."""
-    timeout = timedelta(seconds=_CALL_SECONDS)
+def connect(host: str, port: int, seconds: float) -> TCPStore:
+    """A client of its own: one that waits keeps all who share it waiting.
+
+    seconds: that it waits at most for what others are to write; process groups wait so for each other.
+    """
+    timeout = timedelta(seconds=seconds)
     return TCPStore(_reachable(host), port, is_master=False, timeout=timeout, wait_for_workers=False)
 
 

@@ -1,4 +1,4 @@
-"""A member of a group, for as long as the group lives: `python -m penstock.broadcast SETTINGS`.
+"""A member of a group, for as long as the group lives: `python -m penstock.broadcast`.
 
 Started by the coordinator (it sends, from the trainer's segment) or by an actor (it receives, into
 a segment of its own, whatever the actor does meanwhile). words.py has what is said.
@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NoReturn
 
 import numpy as np
@@ -48,12 +48,12 @@ class GroupFailed(Exception):
         self.reason = reason
 
 
-def main(argv: Sequence[str]) -> NoReturn:
+def main() -> NoReturn:
     # Its starter gone, nobody wants what arrives here.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent.follow(signal.SIGKILL)
     log.configure()
-    settings = Settings.from_line(argv[0])
+    settings = Settings.from_line(sys.stdin.readline())
     torch.set_num_threads(1)
     with Watchdog() as watchdog:
         if settings.rank == 0:
@@ -74,7 +74,7 @@ def tell(kind: EventKind, **fields: object) -> None:
 
 
 def _send(settings: Settings, watchdog: Watchdog) -> None:
-    store, port = meeting.open_store(settings.host)
+    store, port = meeting.open_store(settings.host, settings.forming_seconds)
     commands: queue.Queue[str | None] = queue.Queue()
     threading.Thread(target=_read_commands, args=(commands,), name="commands", daemon=True).start()
     device = _device(settings.device)
@@ -83,7 +83,7 @@ def _send(settings: Settings, watchdog: Watchdog) -> None:
     if line is None:
         return
     formation = Formation.from_line(line)
-    own = meeting.connect(settings.host, port)
+    own = meeting.connect(settings.host, port, settings.forming_seconds)
     attendance = meeting.Attendance(meeting.of_group(own, formation.group), formation.size)
     sender = Sender(settings, formation, meeting.of_group(store, formation.group), attendance, watchdog)
     try:
@@ -187,8 +187,8 @@ def _receive(settings: Settings, watchdog: Watchdog) -> None:
     heartbeat: meeting.Heartbeat | None = None
     try:
         try:
-            store = meeting.connect(settings.host, settings.port)
-            own = meeting.connect(settings.host, settings.port)
+            store = meeting.connect(settings.host, settings.port, settings.forming_seconds)
+            own = meeting.connect(settings.host, settings.port, settings.forming_seconds)
         except RuntimeError as error:
             raise GroupFailed(Reason.FORMING, f"the sender's store does not answer: {error}") from error
         heartbeat = meeting.Heartbeat(meeting.of_group(own, settings.group), settings.rank)

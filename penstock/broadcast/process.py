@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -42,13 +43,16 @@ class MemberProcess:
         """on_event: called in a thread of its own, for ENDED last."""
         self._on_event = on_event
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "penstock.broadcast", settings.to_line()],
+            [sys.executable, "-m", "penstock.broadcast"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=parent.marked(),
+            # Of waits that end without news torch warns, each time; of errors it raises.
+            env=parent.marked({"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ}),
             start_new_session=True,
         )
+        # Not as an argument: every user of the host may read those, and the group's name is a secret.
+        self._say(settings)
         self._reader = threading.Thread(target=self._read, name="read a broadcast's events", daemon=True)
         self._reader.start()
 
@@ -57,13 +61,16 @@ class MemberProcess:
         return self._process.pid
 
     def tell(self, command: Formation | Sending) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError, ValueError):
-            self._process.stdin.write(command.to_line() + "\n")
-            self._process.stdin.flush()
+        self._say(command)
 
     def kill(self) -> None:
         self._process.kill()
+
+    def _say(self, line: Settings | Formation | Sending) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError, ValueError):
+            self._process.stdin.write(line.to_line() + "\n")
+            self._process.stdin.flush()
 
     def _read(self) -> None:
         assert self._process.stdout is not None

@@ -1,4 +1,4 @@
-"""What a member's process is told, and what it tells: lines of JSON. Imports no torch.
+"""What a member's process is told, and what it tells: lines of JSON on its standard streams. Imports no torch.
 
 sender                                         receiver
   Settings                  ->                   Settings, with everything about its group

@@ -170,3 +170,10 @@ def test_a_second_learner_in_the_same_folder_is_refused(tmp_path: Path):
         made.learner(num_steps=10)
         message = refused(made.start("second", "learner", "run.toml", "--bind", "127.0.0.1:0"))
         assert "another learner is running in this folder" in message
+
+
+def test_an_actor_listens_beyond_loopback_for_broadcasts_only_if_it_is_told_to(run: Cluster):
+    options = ("--learner", "192.0.2.1:7070", "--weights-medium", "collective")
+    message = refused(run.start("beyond", "actor", *options))
+    assert "weights_medium is collective" in message
+    assert "--insecure" in message

@@ -24,8 +24,8 @@ from penstock.weights.segment import Segment, open_segment
 _log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.002
-_MOST_GROUPS = 2
-"""The one that versions come from, and the one that takes its place."""
+_MOST_GROUPS = 3
+"""The one that versions come from, one that takes its place, and one whose end is not yet known here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +66,8 @@ class CollectiveReceiver:
         with self._lock:
             if invitation.group in self._groups:
                 return
+            for group in [name for name, each in self._groups.items() if each.failure]:
+                self._groups.pop(group).leave()
             while len(self._groups) >= _MOST_GROUPS:
                 self._groups.pop(next(iter(self._groups))).leave()
             _log.info("joining %s as member %d of %d", invitation.group, invitation.rank, invitation.size - 1)
@@ -157,6 +159,7 @@ class _Membership:
 
     def await_bytes(self, segment: Segment, nonce: str, end: int, blob: Blob, patience: Patience) -> None:
         """Returns when so many bytes have arrived. Raises WeightTransferError."""
+        patience.check(f"the broadcast of version {blob.version}")
         moved_at, moved = time.monotonic(), -1
         while True:
             arrived = segment.num_arrived
