@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -85,10 +85,10 @@ class GlooPieces:
 
     def __init__(self, place: Place) -> None:
         self._place = place
-        options = c10d.ProcessGroupGloo._Options()
+        options = c10d.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timedelta(seconds=place.forming_seconds)
         options._devices = [c10d.ProcessGroupGloo.create_device(hostname=place.address)]
-        self._group = c10d.ProcessGroupGloo(place.store, place.rank, place.size, options)
+        self._group: Any = c10d.ProcessGroupGloo(place.store, place.rank, place.size, options)
 
     def broadcast(self, payload: NDArray[np.uint8], moved: Moved) -> None:
         options, timeout = _options(self._place), timedelta(seconds=self._place.timeout_seconds)
@@ -123,9 +123,9 @@ class NcclPieces:
         _prepare_environment(place)
         device = torch.device("cuda", place.device.index or 0)
         torch.cuda.set_device(device)
-        options = c10d.ProcessGroupNCCL.Options()  # type: ignore[attr-defined]
+        options = c10d.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=place.forming_seconds)
-        self._group = c10d.ProcessGroupNCCL(place.store, place.rank, place.size, options)  # type: ignore[attr-defined]
+        self._group: Any = c10d.ProcessGroupNCCL(place.store, place.rank, place.size, options)
         self._timeout_seconds = place.forming_seconds
         """Of the next piece: the first one waits for the communicator to be made."""
         self._slots = [
@@ -166,7 +166,7 @@ class NcclPieces:
         if where is None:
             return
         overdue_at = time.monotonic() + self._timeout_seconds
-        while not slot.event.query():
+        while not slot.event.query():  # type: ignore[no-untyped-call]
             self._place.check()
             if time.monotonic() > overdue_at:
                 raise Overdue(f"a piece took more than {self._timeout_seconds:.1f} s")

@@ -63,7 +63,7 @@ class _Line:
     __slots__ = ()
 
     def to_line(self) -> str:
-        return json.dumps(dataclasses.asdict(self))  # type: ignore[call-overload, no-any-return]
+        return json.dumps(dataclasses.asdict(self))  # type: ignore[call-overload]
 
     @classmethod
     def from_line(cls, line: str) -> Self:

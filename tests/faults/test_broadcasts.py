@@ -98,7 +98,11 @@ async def finish(bench: Bench) -> None:
     bench.check(complete=False)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)],
+    ids=lambda each: each.name,
+)
 async def test_a_member_that_is_struck_in_the_middle_holds_nobody_up(tmp_path: Path, number: signal.Signals):
     async with make_bench(tmp_path) as bench:
         members = await start(bench, "a1", "a2")
@@ -158,6 +162,7 @@ async def test_a_trainer_that_is_killed_in_the_middle_is_followed_by_the_next(tm
         await finish(bench)
 
 
+@pytest.mark.slow
 async def test_a_sender_that_is_killed_or_stopped_is_replaced(tmp_path: Path):
     async with make_bench(tmp_path) as bench:
         members = await start(bench, "a1")

@@ -40,24 +40,21 @@ def came_by_broadcast(run: Cluster) -> dict[str, int]:
     return {actor.actor_id: actor.weights.num_versions.get("broadcast", 0) for actor in run.status().actors}
 
 
-def test_a_run_whose_actors_are_in_a_group_gets_every_version_over_it_and_takes_a_newcomer_in(run: Cluster):
+def test_actors_in_a_group_get_every_version_over_it_and_a_newcomer_is_taken_in(run: Cluster):
     run.environment("toy_environments:Letters")
-    learner = run.learner(*GROUP, num_steps=10_000)
-    actors = [run.actor("a1"), run.actor("a2")]
-    wait_for_members(run, 2)
+    learner = run.learner(*GROUP, num_steps=100_000)
+    actors = [run.actor("a1")]
+    wait_for_members(run, 1)
     before = run.status()
     run.wait_for_step(before.version.step + 10)
     after = run.status()
     assert after.broadcasts.num_broadcasts >= before.broadcasts.num_broadcasts + 9
-    assert not after.broadcasts.fallbacks, "nobody had to pull"
     assert {actor.weights.medium for actor in after.actors} == {"broadcast"}
-    actors.append(run.actor("a3"))
-    wait_for_members(run, 3)
-    reached = run.status().version.step
-    run.wait_for_step(reached + 3)
+    actors.append(run.actor("a2"))
+    wait_for_members(run, 2)
     wait_until(lambda: all(came_by_broadcast(run).values()), "a version to reach the newcomer so")
-    assert not broadcasts(run).fallbacks, "the group made place for a larger one in order"
-    assert [actor.interrupt() for actor in actors] == [0, 0, 0]
+    assert not broadcasts(run).fallbacks, "nobody had to pull: the group made place for a larger one in order"
+    assert [actor.interrupt() for actor in actors] == [0, 0]
     assert learner.interrupt() == 0
     assert not audit(run.run_dir / "ledger.sqlite").violations
     assert run.totals().imbalance == 0

@@ -62,7 +62,7 @@ def strike(number: signal.Signals) -> Callable[[int, MemberProcess, Event], None
     return on_event
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda each: each.name)
 def test_a_member_that_is_struck_in_the_middle_fails_the_broadcast_in_time_and_is_named(
     ring: SegmentRing, number: signal.Signals
 ) -> None:

@@ -46,7 +46,7 @@ def test_versions_arrive_over_nccl_bit_by_bit(ring: SegmentRing) -> None:
     group.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda each: each.name)
 def test_a_member_on_a_gpu_that_is_struck_in_the_middle_fails_the_broadcast_in_time(
     ring: SegmentRing, number: signal.Signals
 ) -> None:
