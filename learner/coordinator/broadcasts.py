@@ -14,7 +14,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from learner.config import WeightsConfig
 from learner.coordinator.core import Coordinator
@@ -50,7 +50,7 @@ class _Sender:
     num_bytes: int = 0
     queued: Sending | None = None
     failed: bool = False
-    retiring: bool = field(default=False)
+    retiring: bool = False
     """Its group has a successor: it ends after what it sends now."""
 
 
