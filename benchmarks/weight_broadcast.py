@@ -2,6 +2,7 @@
 
     broadcast_gb_per_s   bytes of the version over the sender's time for it
     verified_gb_per_s    the same until every member has each chunk in place, its digest checked
+    sender_s_per_gb      processor time of the sender for a GB; receiver_s_per_gb, of one receiver's process
     pull_gb_per_s        the same over ZeroMQ, each member by itself (--pull)
     forming_seconds      from starting the processes to a group
     beside_ratio         work that a computing process of one thread gets done beside a broadcast every second,
@@ -13,12 +14,15 @@ Each is a median. Members on one GPU pass for different hosts, so that NCCL take
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from harness.report import add_arguments, write
@@ -38,6 +42,20 @@ def tensors(num_bytes: int, step: int) -> list[HostTensor]:
     return [HostTensor(name="weights", dtype="BF16", shape=(num_bytes // 2,), data=data)]
 
 
+def in_turn(manifests: Sequence[Manifest], rounds: int) -> list[Manifest]:
+    """Each of them as often, as versions that follow each other."""
+    return [
+        dataclasses.replace(manifest, version=PolicyVersion(1, number))
+        for number, manifest in enumerate([*manifests] * rounds)
+    ]
+
+
+def processor_seconds(pid: int) -> float:
+    """That a process has used, in user and system mode."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def measure_broadcasts(
     manifests: Sequence[Manifest], arguments: argparse.Namespace, threads: ThreadPoolExecutor
 ) -> dict[str, float]:
@@ -50,9 +68,14 @@ def measure_broadcasts(
     )
     forming = time.monotonic() - started
     buffers = [ChunkBuffer() for _ in group.receivers]
+    pids = [group.sender.process.pid, *(member.started[0].pid for member in group.members)]
     sent: list[float] = []
     verified: list[float] = []
-    for manifest in manifests * (1 + arguments.rounds):
+    used = [0.0] * len(pids)
+    for number, manifest in enumerate(in_turn(manifests, 1 + arguments.rounds)):
+        if number == len(manifests):
+            # The first of each touched fresh pages.
+            used = [processor_seconds(pid) for pid in pids]
         for buffer in buffers:
             new_buffer(manifest, buffer)
         started = time.monotonic()
@@ -66,10 +89,13 @@ def measure_broadcasts(
         assert not any(taken.result(timeout=SECONDS).missing() for taken in taking)
         sent.append(manifest.num_bytes / event.seconds)
         verified.append(manifest.num_bytes / (time.monotonic() - started))
-    group.close()
-    # The first of each touches fresh pages.
     warm = slice(len(manifests), None)
+    gigabytes = sum(manifest.num_bytes for manifest in manifests) * arguments.rounds / 1e9
+    spent = [(processor_seconds(pid) - at) / gigabytes for pid, at in zip(pids, used, strict=True)]
+    group.close()
     return {
+        "sender_s_per_gb": spent[0],
+        "receiver_s_per_gb": max(spent[1:]),
         "broadcast_gb_per_s": statistics.median(sent[warm]) / 1e9,
         "verified_gb_per_s": statistics.median(verified[warm]) / 1e9,
         "forming_seconds": forming,
@@ -79,8 +105,6 @@ def measure_broadcasts(
 def measure_pulls(
     manifests: Sequence[Manifest], arguments: argparse.Namespace, threads: ThreadPoolExecutor
 ) -> dict[str, float]:
-    from dataclasses import replace
-
     from penstock.weights.fetch import WeightFetcher
     from penstock.weights.manifest import ZeromqMedium
     from penstock.weights.media.zeromq import ZeromqReceiver, ZeromqServer
@@ -88,9 +112,9 @@ def measure_pulls(
     server = ZeromqServer("tcp://127.0.0.1:0")
     fetchers = [WeightFetcher([ZeromqReceiver()]) for _ in range(arguments.receivers)]
     rates = []
-    for manifest in manifests * (1 + arguments.rounds):
+    for manifest in in_turn(manifests, 1 + arguments.rounds):
         server.add(manifest)
-        offered = replace(manifest, media=(ZeromqMedium(endpoint=server.endpoint),))
+        offered = dataclasses.replace(manifest, media=(ZeromqMedium(endpoint=server.endpoint),))
         started = time.monotonic()
         pulling = [threads.submit(fetcher.fetch, offered, timeout_seconds=SECONDS) for fetcher in fetchers]
         for pulled in pulling:
@@ -141,7 +165,7 @@ def measure_beside(
 
     compute(manifests)
     before = compute(())
-    beside = compute([manifests[number % 2] for number in range(int(BESIDE_SECONDS) - 2)])
+    beside = compute(in_turn(manifests, int(BESIDE_SECONDS))[len(manifests) : int(BESIDE_SECONDS) + 1])
     after = compute(())
     computing.kill()
     group.close()
@@ -161,10 +185,13 @@ def main() -> None:
     parser.add_argument("--beside", action="store_true", help="measure what it costs others (gloo)")
     add_arguments(parser)
     arguments = parser.parse_args()
-    ring = SegmentRing(name_prefix="penstock-benchmark-broadcast", num_segments=2)
+    # A fetcher holds two versions, and asks for nothing that it holds.
+    num_versions = 3 if arguments.pull else 2
+    ring = SegmentRing(name_prefix="penstock-benchmark-broadcast", num_segments=num_versions)
     try:
         manifests = [
-            ring.write(PolicyVersion(1, step), tensors(arguments.mib << 20, step)) for step in range(2)
+            ring.write(PolicyVersion(1, step), tensors(arguments.mib << 20, step))
+            for step in range(num_versions)
         ]
         with ThreadPoolExecutor(arguments.receivers) as threads:
             results = measure_broadcasts(manifests, arguments, threads)
