@@ -1,13 +1,13 @@
 """Checkpoints: everything that training needs to go on as if it had never stopped.
 
     step-00000050/
-        rank-0-of-2.safetensors    that rank's rows of every parameter and optimiser state, and its RNG
+        rank-0-of-2.safetensors    that rank's part of every parameter and optimiser state, and its RNG
         rank-1-of-2.safetensors
-        manifest.json              step, shapes, which rows each file holds, BLAKE3 digest of each file
+        manifest.json              step, shapes, which rows (and columns) each file holds, BLAKE3 digest of each file
         manifest.blake3            digest of manifest.json
 
-Tensors are cut along their first dimension, as FSDP2 shards them, so any number of
-ranks can read what any other number wrote. A checkpoint is written aside, synced,
+Tensors are cut as they are shared, each part one block of rows and columns, so any number of
+ranks in any layout can read what any other wrote. A checkpoint is written aside, synced,
 hashed, and then renamed: a folder of the final name is complete, or it was damaged
 later, which its digests tell.
 """
@@ -30,9 +30,9 @@ import torch
 from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 
 from learner.training.adapters import Adapters
+from learner.training.blocks import Block, block_of, is_copy, overlap
 from learner.training.parallel import Ranks, local
 from learner.training.publish import trained_tensors
 from learner.training.updater import Updater
@@ -40,7 +40,8 @@ from penstock.errors import ConfigError, PenstockError
 
 _log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMATS = (1, 2)
+"""The second has tensors that are divided by columns too."""
 WRITE_SECONDS = 1800.0
 """A shard that takes longer to write has a dead disk under it."""
 POLICY = "policy/"
@@ -217,10 +218,10 @@ def _write_shard(state: dict[str, torch.Tensor], shard: Path) -> bytes:
 
 
 def _state_of(updater: Updater) -> dict[str, torch.Tensor]:
-    """A copy of this rank's rows of everything, on the CPU, and its RNG."""
+    """A copy of this rank's part of everything, on the CPU, and its RNG."""
     state: dict[str, torch.Tensor] = {}
     for name, tensor in _named_tensors(updater):
-        if _rows_written(tensor, updater.ranks.rank) != (0, 0):
+        if _is_written(tensor, updater.ranks.rank):
             state[name] = local(tensor).to("cpu", copy=True).contiguous()
     state[f"{_RNG}cpu"] = torch.get_rng_state()
     if updater.ranks.device.type == "cuda":
@@ -236,45 +237,47 @@ def _named_tensors(updater: Updater) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{_OPTIMIZER}{kind}/{name}", value
 
 
-def _rows(tensor: torch.Tensor, rank: int) -> tuple[int, int]:
-    """Which rows of the full tensor a rank holds: FSDP2 cuts as torch.chunk does, each replica alike."""
-    if not isinstance(tensor, DTensor):
-        return 0, tensor.shape[0] if tensor.ndim else 1
-    rows, num_shards = tensor.shape[0], tensor.device_mesh.shape[-1]
-    share, shard = -(-rows // num_shards), rank % num_shards
-    return min(shard * share, rows), min((shard + 1) * share, rows)
-
-
-def _rows_written(tensor: torch.Tensor, rank: int) -> tuple[int, int]:
-    """Which rows stand in a rank's file: those of the first replica only."""
-    is_copy = isinstance(tensor, DTensor) and rank >= tensor.device_mesh.shape[-1]
-    return (0, 0) if is_copy else _rows(tensor, rank)
+def _is_written(tensor: torch.Tensor, rank: int) -> bool:
+    """Whether a rank's file has its part: scalars stand in each, of copies the first does."""
+    return tensor.ndim == 0 or not is_copy(tensor, rank)
 
 
 def _manifest_bytes(updater: Updater, step: int, digests: list[str]) -> bytes:
     world_size = updater.ranks.world_size
-    tensors = {
-        name: {
-            "shape": list(tensor.shape),
-            "rows": [_rows_written(tensor, rank) for rank in range(world_size)],
-        }
-        for name, tensor in _named_tensors(updater)
-    }
+    tensors = {name: _placement(tensor, world_size) for name, tensor in _named_tensors(updater)}
     files = {_shard_name(rank, world_size): digest for rank, digest in enumerate(digests)}
-    fields = {"format": FORMAT, "step": step, "files": files, "tensors": tensors}
+    has_columns = any("columns" in entry for entry in tensors.values())
+    fields = {"format": FORMATS[int(has_columns)], "step": step, "files": files, "tensors": tensors}
     if updater.policy.adapters is not None:
         fields["adapters"] = dataclasses.asdict(updater.policy.adapters)
     return json.dumps(fields, indent=1).encode()
 
 
+def _placement(tensor: torch.Tensor, world_size: int) -> dict[str, Any]:
+    """Which part stands in the file of each rank, as a manifest says it."""
+    blocks = [block_of(tensor, rank) for rank in range(world_size)]
+    rows = [(block[0].start, block[0].stop) if block else (0, 1) for block in blocks]
+    written = [_is_written(tensor, rank) for rank in range(world_size)]
+    entry: dict[str, Any] = {
+        "shape": list(tensor.shape),
+        "rows": [each if is_written else (0, 0) for each, is_written in zip(rows, written, strict=True)],
+    }
+    columns = [(block[1].start, block[1].stop) for block in blocks] if tensor.ndim > 1 else []
+    if any(each != (0, tensor.shape[1]) for each in columns):
+        entry["columns"] = columns
+    return entry
+
+
 class CheckpointReader:
-    """Reads rows of tensors, whichever files they lie in. Memory-mapped: only what is asked for is read."""
+    """Reads parts of tensors, whichever files they lie in. Memory-mapped: only what is asked for is read."""
 
     def __init__(self, path: Path) -> None:
         self._stack = ExitStack()
         fields = json.loads((path / _MANIFEST).read_bytes())
-        if fields["format"] != FORMAT:
-            raise ConfigError(f"{path}: checkpoint format is {fields['format']}; this program reads {FORMAT}")
+        if fields["format"] not in FORMATS:
+            raise ConfigError(
+                f"{path}: checkpoint format is {fields['format']}; this program reads {FORMATS[0]} to {FORMATS[-1]}"
+            )
         self.tensors: Mapping[str, dict[str, Any]] = fields["tensors"]
         self.adapters = Adapters(**fields["adapters"]) if "adapters" in fields else None
         """What the tensors are, if they aren't the whole policy."""
@@ -286,22 +289,25 @@ class CheckpointReader:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows start:stop of a tensor; all of a scalar."""
+    def block(self, name: str, block: Block) -> torch.Tensor:
+        """A part of a tensor; all of a scalar."""
         entry = self.tensors[name]
         if not entry["shape"]:
             scalar: torch.Tensor = self._files[0].get_tensor(name)
             return scalar
-        parts: list[torch.Tensor] = []
-        for file, (first, last) in zip(self._files, entry["rows"], strict=True):
-            low, high = max(start, first), min(stop, last)
-            if low < high and (not parts or low >= start + sum(part.shape[0] for part in parts)):
-                parts.append(file.get_slice(name)[low - first : high - first])
-        return torch.cat(parts) if parts else torch.zeros((0, *entry["shape"][1:]))
+        whole: torch.Tensor | None = None
+        for file, written in zip(self._files, _blocks(entry), strict=True):
+            if common := overlap(block, written):
+                part = file.get_slice(name)[common[1]]
+                if part.shape == tuple(each.stop - each.start for each in block):
+                    return part  # type: ignore[no-any-return]
+                if whole is None:
+                    whole = part.new_empty([each.stop - each.start for each in block])
+                whole[common[0]] = part
+        return torch.zeros([each.stop - each.start for each in block]) if whole is None else whole
 
     def full(self, name: str) -> torch.Tensor:
-        shape = self.tensors[name]["shape"]
-        return self.rows(name, 0, shape[0] if shape else 1)
+        return self.block(name, tuple(slice(0, size) for size in self.tensors[name]["shape"]))
 
     def of_rank(self, rank: int, name: str) -> torch.Tensor | None:
         """A tensor that belongs to one rank, such as its RNG; None if that rank did not exist."""
@@ -309,6 +315,17 @@ class CheckpointReader:
             return None
         tensor: torch.Tensor = self._files[rank].get_tensor(name)
         return tensor
+
+
+def _blocks(entry: Mapping[str, Any]) -> list[Block]:
+    """Which part of a tensor each file has."""
+    shape, rows = entry["shape"], entry["rows"]
+    rest = tuple(slice(0, size) for size in shape[1:])
+    if "columns" not in entry:
+        return [(slice(*each), *rest) for each in rows]
+    return [
+        (slice(*each), slice(*column), *rest[1:]) for each, column in zip(rows, entry["columns"], strict=True)
+    ]
 
 
 def _load(path: Path, updater: Updater) -> None:
@@ -367,7 +384,7 @@ def _load_optimizer(reader: CheckpointReader, updater: Updater) -> None:
 def _fill(reader: CheckpointReader, name: str, tensor: torch.Tensor, ranks: Ranks) -> None:
     if reader.tensors[name]["shape"] != list(tensor.shape):
         raise KeyError(f"{name} has shape {reader.tensors[name]['shape']}, expected {list(tensor.shape)}")
-    local(tensor).copy_(reader.rows(name, *_rows(tensor, ranks.rank)))
+    local(tensor).copy_(reader.block(name, block_of(tensor, ranks.rank)))
 
 
 def _load_rng(reader: CheckpointReader, ranks: Ranks) -> None:

@@ -108,6 +108,9 @@ class TrainingConfig:
     """Whole copies of the policy (HSDP): each is sharded over num_ranks / num_replicas ranks."""
     context_ranks: int = 1
     """Ranks that hold one row's tokens together, so that long rows fit; they share the attention heads."""
+    tensor_ranks: int = 1
+    """Ranks that share each matrix of the policy, and the tokens in between: for layers that one rank's memory
+    is too small for."""
     device: Device = Device.AUTO
     precision: Precision = Precision.FLOAT32
     row_tokens: int = 4096
@@ -126,13 +129,23 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.num_ranks < 1:
             raise ConfigError(f"training.num_ranks is {self.num_ranks}; expected at least 1")
-        for name in ("num_replicas", "context_ranks"):
+        self._check_layout()
+        if self.row_tokens < 16:
+            raise ConfigError(f"training.row_tokens is {self.row_tokens}; expected at least 16")
+        if self.rows_per_pass < 1:
+            raise ConfigError(f"training.rows_per_pass is {self.rows_per_pass}; expected at least 1")
+
+    def _check_layout(self) -> None:
+        for name in ("num_replicas", "context_ranks", "tensor_ranks"):
             value = getattr(self, name)
             if value < 1 or self.num_ranks % value:
                 raise ConfigError(
                     f"training.{name} is {value}; expected a divisor of num_ranks, which is {self.num_ranks}"
                 )
-        if self.row_tokens < 16:
-            raise ConfigError(f"training.row_tokens is {self.row_tokens}; expected at least 16")
-        if self.rows_per_pass < 1:
-            raise ConfigError(f"training.rows_per_pass is {self.rows_per_pass}; expected at least 1")
+        for name in ("num_replicas", "context_ranks"):
+            value = getattr(self, name)
+            if self.num_ranks % (value * self.tensor_ranks):
+                raise ConfigError(
+                    f"training.{name} is {value} and tensor_ranks {self.tensor_ranks}; expected a product that "
+                    f"divides num_ranks, which is {self.num_ranks}"
+                )

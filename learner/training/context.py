@@ -29,20 +29,14 @@ class ContextGroup:
     size: int
 
     def slice_of(self, row: PackedRow) -> PackedRow:
-        """This rank's tokens and predictors. Lengths are the whole row's, with a sequence of one token for each
-        that the row is short of a multiple of the ranks."""
-        missing = -row.token_ids_T.numel() % self.size
-        token_ids_T, positions_T = (
-            torch.nn.functional.pad(part, (0, missing)) for part in (row.token_ids_T, row.positions_T)
-        )
-        share = token_ids_T.numel() // self.size
+        """This rank's tokens and predictors of a row padded to a multiple of the ranks. Lengths stay the whole row's."""
+        share = row.token_ids_T.numel() // self.size
         first, last = self._sampled(row)
         mine = slice(self.rank * share, (self.rank + 1) * share)
         return dataclasses.replace(
             row,
-            lengths=(*row.lengths, *[1] * missing),
-            token_ids_T=token_ids_T[mine],
-            positions_T=positions_T[mine],
+            token_ids_T=row.token_ids_T[mine],
+            positions_T=row.positions_T[mine],
             predictors_S=row.predictors_S[first:last] - mine.start,
             targets_S=row.targets_S[first:last],
         )
@@ -68,7 +62,7 @@ class ContextGroup:
 
     def _sampled(self, row: PackedRow) -> tuple[int, int]:
         """Which of the row's sampled tokens are predicted in this rank's slice: predictors stand in order."""
-        share = -(-row.token_ids_T.numel() // self.size)
+        share = row.token_ids_T.numel() // self.size
         bounds = torch.tensor([self.rank * share, (self.rank + 1) * share], device=row.device)
         first, last = torch.searchsorted(row.predictors_S, bounds).tolist()
         return first, last

@@ -6,6 +6,7 @@ S   the row's sampled tokens: those whose log-probability the loss needs
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -68,6 +69,19 @@ class PackedRow:
         """Joins one [S] array a sequence, given for the whole batch, into the row's [S]."""
         parts = [values[member] for member in self.members]
         return to_device(np.concatenate(parts) if parts else np.zeros(0, np.float32), self.device)
+
+
+def padded(row: PackedRow, multiple: int) -> PackedRow:
+    """The row with a sequence of one token for each that it is short of a multiple. Nothing is predicted there."""
+    missing = -row.token_ids_T.numel() % multiple
+    if not missing:
+        return row
+    token_ids_T, positions_T = (
+        torch.nn.functional.pad(part, (0, missing)) for part in (row.token_ids_T, row.positions_T)
+    )
+    return dataclasses.replace(
+        row, lengths=(*row.lengths, *[1] * missing), token_ids_T=token_ids_T, positions_T=positions_T
+    )
 
 
 def plan_rows(

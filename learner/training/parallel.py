@@ -26,6 +26,7 @@ from learner.training.context import ContextGroup
 from learner.training.cpu import use_fast_float32
 from learner.training.launch import RENDEZVOUS_VARIABLE
 from learner.training.policy import Policy, RowForm
+from learner.training.tensor_parallel import TensorGroup, divide
 from penstock.errors import ConfigError
 
 COLLECTIVE_TIMEOUT_SECONDS = 600.0
@@ -40,10 +41,12 @@ class Ranks:
     world_size: int
     device: torch.device
     mesh: DeviceMesh | None
-    """What the policy is sharded over: (shard), or (replicate, shard). None for one rank that needs no
+    """What FSDP2 shards the policy over: (shard), or (replicate, shard). None for one rank that needs no
     process group."""
     context: ContextGroup | None = None
     """The ranks that hold the same rows as this one, a slice of the tokens each."""
+    tensor: TensorGroup | None = None
+    """The ranks that hold the same rows as this one, and a share of each matrix."""
 
     @property
     def is_first(self) -> bool:
@@ -52,12 +55,21 @@ class Ranks:
     @property
     def num_shares(self) -> int:
         """How many ranks, or groups of ranks, have rows of their own."""
-        return self.world_size // (self.context.size if self.context else 1)
+        return self.world_size // self._share_size
 
     @property
     def share(self) -> int:
         """Which of them this rank belongs to."""
-        return self.rank // (self.context.size if self.context else 1)
+        return self.rank // self._share_size
+
+    @property
+    def num_averaged(self) -> int:
+        """How many ranks' gradients FSDP2 takes the mean of: all but those that share a matrix."""
+        return self.world_size // (self.tensor.size if self.tensor else 1)
+
+    @property
+    def _share_size(self) -> int:
+        return (self.context.size if self.context else 1) * (self.tensor.size if self.tensor else 1)
 
     def sum_of_shares(self, values: torch.Tensor) -> torch.Tensor:
         """Adds what each share measured on its rows; the ranks of a share measured the same."""
@@ -95,37 +107,54 @@ class Ranks:
 
 
 def open_ranks(
-    device: Device, precision: Precision, *, num_replicas: int = 1, context_ranks: int = 1
+    device: Device,
+    precision: Precision,
+    *,
+    num_replicas: int = 1,
+    context_ranks: int = 1,
+    tensor_ranks: int = 1,
 ) -> Ranks:
     """Joins the other ranks as the environment says: RANK, WORLD_SIZE, LOCAL_RANK. Raises ConfigError.
 
     num_replicas: whole copies of the policy, each sharded over a part of the ranks.
-    context_ranks: neighbouring ranks that hold one row together.
+    context_ranks: neighbouring ranks, or neighbouring groups of tensor_ranks, that hold one row together.
+    tensor_ranks: neighbouring ranks that share each matrix.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     where = _local_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if where.type == "cpu":
         use_fast_float32()
-    mesh = context = None
+    mesh = context = tensor = None
     if world_size > 1 or precision is Precision.BFLOAT16:
         _join(rank, world_size, where)
-        mesh = _sharding_mesh(where.type, world_size, num_replicas)
-        context = _context_group(where.type, world_size, context_ranks)
-    return Ranks(rank=rank, world_size=world_size, device=where, mesh=mesh, context=context)
+        mesh, tensor = _parameter_meshes(where.type, world_size, num_replicas, tensor_ranks)
+        context = _context_group(where.type, world_size, context_ranks, tensor_ranks)
+    return Ranks(rank=rank, world_size=world_size, device=where, mesh=mesh, context=context, tensor=tensor)
 
 
-def _sharding_mesh(device_type: str, world_size: int, num_replicas: int) -> DeviceMesh:
-    if num_replicas == 1:
-        return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
-    shape = (num_replicas, world_size // num_replicas)
-    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+def _parameter_meshes(
+    device_type: str, world_size: int, num_replicas: int, tensor_ranks: int
+) -> tuple[DeviceMesh, TensorGroup | None]:
+    """What parameters are sharded over, and what matrices are divided over first."""
+    sizes = {
+        "replicate": num_replicas,
+        "shard": world_size // (num_replicas * tensor_ranks),
+        "tensor": tensor_ranks,
+    }
+    names = tuple(name for name, size in sizes.items() if size > 1 or name == "shard")
+    mesh = init_device_mesh(device_type, tuple(sizes[name] for name in names), mesh_dim_names=names)
+    if tensor_ranks == 1:
+        return mesh, None
+    return mesh[names[:-1]], TensorGroup(mesh=mesh["tensor"])
 
 
-def _context_group(device_type: str, world_size: int, context_ranks: int) -> ContextGroup | None:
+def _context_group(
+    device_type: str, world_size: int, context_ranks: int, tensor_ranks: int
+) -> ContextGroup | None:
     if context_ranks == 1:
         return None
-    shape = (world_size // context_ranks, context_ranks)
-    mesh = init_device_mesh(device_type, shape, mesh_dim_names=("rows", "context"))["context"]
+    shape = (world_size // (context_ranks * tensor_ranks), context_ranks, tensor_ranks)
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=("rows", "context", "tensor"))["context"]
     return ContextGroup(group=mesh.get_group(), rank=mesh.get_local_rank(), size=context_ranks)
 
 
@@ -162,13 +191,14 @@ def _join(rank: int, world_size: int, device: torch.device) -> None:
 
 
 def place(policy: Policy, ranks: Ranks, precision: Precision, *, compiled: bool = False) -> None:
-    """Moves the policy to its device and, where there is a mesh, shards it block by block (FSDP2).
+    """Moves the policy to its device and, where there is a mesh, shards it block by block (FSDP2), after
+    ranks that share matrices have divided them. Raises ConfigError.
 
     Master weights and gradient reduction are float32; blocks compute in `precision`, in which what is
     frozen is also kept. With
     `compiled`, torch.compile makes kernels of each block and of what follows them, once for all row lengths.
     """
-    _give_context(policy, ranks.context)
+    _give_groups(policy, ranks)
     compute = torch.bfloat16 if precision is Precision.BFLOAT16 else torch.float32
     _store_frozen(policy, compute)
     blocks = _blocks(policy.causal_lm)
@@ -193,16 +223,23 @@ def _store_frozen(policy: Policy, compute: torch.dtype) -> None:
             parameter.data = parameter.data.to(compute)
 
 
-def _give_context(policy: Policy, context: ContextGroup | None) -> None:
-    if context is None:
+def _give_groups(policy: Policy, ranks: Ranks) -> None:
+    """Has ranks that hold a row together share its tokens, its heads and the matrices. Raises ConfigError."""
+    policy.context, policy.tensor = ranks.context, ranks.tensor
+    context_ranks = ranks.context.size if ranks.context else 1
+    tensor_ranks = ranks.tensor.size if ranks.tensor else 1
+    if context_ranks * tensor_ranks == 1:
         return
+    evaluation = policy.evaluation
+    is_packed = evaluation.form is RowForm.PACKED and (evaluation.split_head or ranks.tensor is None)
     heads = policy.causal_lm.config.num_attention_heads
-    if policy.evaluation.form is not RowForm.PACKED or heads % context.size:
+    if not is_packed or heads % (context_ranks * tensor_ranks):
         raise ConfigError(
-            f"training.context_ranks is {context.size}: it needs a policy that is evaluated in packed rows "
-            f"and whose {heads} attention heads it divides; set it to 1"
+            f"training.context_ranks is {context_ranks} and tensor_ranks {tensor_ranks}: they need a policy that "
+            f"is evaluated in packed rows and whose {heads} attention heads their product divides; set them lower"
         )
-    policy.context = context
+    if ranks.tensor is not None:
+        divide(policy.causal_lm, ranks.tensor)
 
 
 def reshard(policy: Policy) -> None:
@@ -214,9 +251,9 @@ def reshard(policy: Policy) -> None:
 
 
 def accumulate(policy: Policy, ranks: Ranks, *, is_last: bool) -> None:
-    """Call before each row of an update. One rank alone has nobody to share with: it keeps its compute
-    copies and adds gradients up until the last row."""
-    if isinstance(policy, FSDPModule) and ranks.world_size == 1:
+    """Call before each row of an update. A rank that shards with nobody keeps its compute copies and adds
+    gradients up until the last row."""
+    if isinstance(policy, FSDPModule) and ranks.mesh is not None and ranks.mesh.size() == 1:
         policy.set_requires_gradient_sync(is_last)
         policy.set_reshard_after_backward(is_last)
 

@@ -20,7 +20,9 @@ from learner.training.adapters import Adapters
 from learner.training.attention import PACKED, AttentionUnsupported, RowLayout
 from learner.training.context import ContextGroup
 from learner.training.logprobs import score_logits, token_logprobs
-from learner.training.packing import PackedRow
+from learner.training.packing import PackedRow, padded
+from learner.training.tensor_parallel import TensorGroup
+from learner.training.vocabulary import shared_token_logprobs
 from penstock.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -66,9 +68,12 @@ class Policy(nn.Module):
         """What alone is trained, if anything is not."""
         self.context: ContextGroup | None = None
         """Who else holds tokens of each row."""
+        self.tensor: TensorGroup | None = None
+        """Who else holds parts of each matrix."""
 
     def forward(self, row: PackedRow, *, temperature: float) -> TokenScores:
         """Scores every sampled token of one row under softmax(logits / temperature)."""
+        row = padded(row, self._num_slices)
         if self.context is None:
             logprobs_S, entropy_S = self._score(row, temperature)
         else:
@@ -76,21 +81,28 @@ class Policy(nn.Module):
             logprobs_S, entropy_S = (self.context.join(part, row) for part in parts)
         return TokenScores(logprobs_S=logprobs_S, entropy_S=entropy_S)
 
+    @property
+    def _num_slices(self) -> int:
+        """What the number of a row's tokens must be a multiple of."""
+        context = 1 if self.context is None else self.context.size
+        return context * (1 if self.tensor is None else self.tensor.size)
+
     def _score(self, row: PackedRow, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         layout = RowLayout(row.lengths, row.device, self.context)
         if self.evaluation.split_head:
-            hidden_SH = self._hidden(row, layout)[row.predictors_S]
+            hidden_TH, weight_VH = self._hidden(row, layout), self.causal_lm.get_output_embeddings().weight
+            if self.tensor is not None:
+                hidden_SH = self.tensor.all_tokens(hidden_TH, summed=True)[row.predictors_S]
+                part = self.tensor.part_of(weight_VH)
+                return shared_token_logprobs(hidden_SH, part, row.targets_S, temperature=temperature)
             return token_logprobs(
-                hidden_SH,
-                self.causal_lm.get_output_embeddings().weight,
-                row.targets_S,
-                temperature=temperature,
+                hidden_TH[row.predictors_S], weight_VH, row.targets_S, temperature=temperature
             )
         logits_SV = self._logits(row, layout)[row.predictors_S]
         return score_logits(logits_SV, row.targets_S, temperature=temperature)
 
     def _hidden(self, row: PackedRow, layout: RowLayout) -> torch.Tensor:
-        """[T, H]: the last hidden state of each token."""
+        """[T, H]: the last hidden state of each token; of this rank's tokens, if others share the matrices."""
         return self._run(self.causal_lm.base_model, row, layout, "last_hidden_state")
 
     def _logits(self, row: PackedRow, layout: RowLayout) -> torch.Tensor:

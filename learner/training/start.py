@@ -119,6 +119,7 @@ def join_ranks(training: TrainingConfig) -> Ranks:
         training.precision,
         num_replicas=training.num_replicas,
         context_ranks=training.context_ranks,
+        tensor_ranks=training.tensor_ranks,
     )
 
 

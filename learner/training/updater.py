@@ -104,8 +104,8 @@ class Updater:
 
     def _backward(self, row: PackedRow, objective: Objective) -> Sums:
         loss, sums = objective(row, self.policy(row, temperature=self._temperature))
-        # FSDP averages gradients over ranks; the loss's normaliser is global already.
-        torch.autograd.backward(loss * self.ranks.world_size)
+        # FSDP averages gradients over its ranks; the loss's normaliser is global already.
+        torch.autograd.backward(loss * self.ranks.num_averaged)
         return {**sums, "loss_sum": loss}
 
     def _totals(self, sums: Sums) -> tuple[list[str], torch.Tensor]:
