@@ -40,6 +40,7 @@ def train_dpo(config: DpoConfig, ranks: Ranks) -> float:
         activation_checkpointing=config.activation_checkpointing,
         lora=config.lora,
         seed=config.seed,
+        deferred=True,
     )
     tokenizer = load_tokenizer(config.policy)
     pairs = read_pairs(config.data, tokenizer, max_tokens=context_of(policy))

@@ -28,6 +28,7 @@ def train_rm(config: RmConfig, ranks: Ranks) -> float:
         activation_checkpointing=config.activation_checkpointing,
         lora=config.lora,
         seed=config.seed,
+        deferred=True,
     )
     tokenizer = load_tokenizer(config.policy)
     pairs = [_scored(pair) for pair in read_pairs(config.data, tokenizer, max_tokens=context_of(model))]

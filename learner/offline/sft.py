@@ -29,6 +29,7 @@ def train_sft(config: SftConfig, ranks: Ranks) -> float:
         activation_checkpointing=config.activation_checkpointing,
         lora=config.lora,
         seed=config.seed,
+        deferred=True,
     )
     tokenizer = load_tokenizer(config.policy)
     examples = read_examples(config.data, tokenizer, max_tokens=context_of(policy))

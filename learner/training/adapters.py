@@ -6,12 +6,14 @@ trained, in float32; B is 0 at first. Every rank begins with the same A.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from blake3 import blake3
 from torch import nn
 
 from learner.training.config import ALL_LINEAR, LoraConfig
@@ -47,9 +49,28 @@ def add_adapters(causal_lm: Any, config: LoraConfig, *, base_digest: str, seed: 
         bias="none",
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
         peft.inject_adapter_in_model(settings, causal_lm, adapter_name=_NAME)
+    for name, parameter in causal_lm.named_parameters():
+        values = first_values(name, tuple(parameter.shape), seed=seed)
+        if values is not None and not parameter.is_meta:
+            parameter.data.copy_(values)
     return Adapters(rank=config.rank, scale=config.scale, base_digest=base_digest)
+
+
+def first_values(name: str, shape: tuple[int, ...], *, seed: int) -> torch.Tensor | None:
+    """What an adapter begins with, wherever it is made: noise in A, 0 in B. None for what is no adapter."""
+    if name.endswith(_B):
+        return torch.zeros(shape)
+    if not name.endswith(_A):
+        return None
+    digest = blake3(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
+
+
+def base_name(name: str) -> str:
+    """The name that a tensor has in the model without adapters."""
+    return name.replace(_BASE, ".")
 
 
 def require_peft() -> Any:
@@ -125,7 +146,7 @@ def parts_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> Parts:
         elif name.endswith(_B):
             parts.b[name.removesuffix(_B) + ".weight"] = tensor
         else:
-            parts.base[name.replace(_BASE, ".")] = tensor
+            parts.base[base_name(name)] = tensor
     return parts
 
 

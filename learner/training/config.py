@@ -122,6 +122,9 @@ class TrainingConfig:
     """Keep only each block's input for the backward pass, and compute the rest again."""
     compile: bool = False
     """torch.compile each block: minutes at the start, then faster steps on GPUs."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and optimiser state in host memory, and update them there: slower steps, and
+    GPU memory for little more than one block and what a row needs."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -130,6 +133,11 @@ class TrainingConfig:
         if self.num_ranks < 1:
             raise ConfigError(f"training.num_ranks is {self.num_ranks}; expected at least 1")
         self._check_layout()
+        if self.cpu_offload and self.device is Device.CPU:
+            raise ConfigError(
+                "training.cpu_offload has no meaning on training.device cpu, where all is in host memory; "
+                "set one of them back"
+            )
         if self.row_tokens < 16:
             raise ConfigError(f"training.row_tokens is {self.row_tokens}; expected at least 16")
         if self.rows_per_pass < 1:

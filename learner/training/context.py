@@ -29,7 +29,7 @@ class ContextGroup:
     size: int
 
     def slice_of(self, row: PackedRow) -> PackedRow:
-        """This rank's tokens and predictors of a row padded to a multiple of the ranks. Lengths stay the whole row's."""
+        """This rank's tokens and predictors of a row, padded to a multiple of the ranks. Lengths are the row's."""
         share = row.token_ids_T.numel() // self.size
         first, last = self._sampled(row)
         mine = slice(self.rank * share, (self.rank + 1) * share)

@@ -16,30 +16,46 @@ from transformers.utils import logging as transformers_logging
 
 from learner.training.adapters import add_adapters
 from learner.training.config import LoraConfig
-from learner.training.policy import Policy, choose_evaluation
+from learner.training.deferred import build_empty
+from learner.training.policy import Policy, Source, choose_evaluation, packed_evaluation
 from penstock.errors import ConfigError
 
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
 def load_policy(
-    folder: Path, *, activation_checkpointing: bool = False, lora: LoraConfig | None = None, seed: int = 0
+    folder: Path,
+    *,
+    activation_checkpointing: bool = False,
+    lora: LoraConfig | None = None,
+    seed: int = 0,
+    deferred: bool = False,
 ) -> Policy:
     """Loads config and safetensors into float32 masters on the CPU. Raises ConfigError.
 
     lora: with a rank, adapters are added, and only they will be trained. seed: of their first values.
+    deferred: where that can be, weights are read by `place` only, by each rank its own part.
     Dropout is off: it would make the trainer's log-probabilities differ from the engine's.
     """
-    causal_lm = load_causal_lm(folder)
+    empty = _build_empty(folder) if deferred else None
+    causal_lm = load_causal_lm(folder) if empty is None else empty
     if activation_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     causal_lm.eval()
-    evaluation = choose_evaluation(causal_lm)
+    evaluation = choose_evaluation(causal_lm) if empty is None else packed_evaluation(causal_lm)
     policy = Policy(causal_lm, evaluation)
+    policy.source = None if empty is None else Source(folder=folder, seed=seed)
     if lora is not None and lora.rank:
         policy.adapters = add_adapters(causal_lm, lora, base_digest=weights_digest(folder), seed=seed)
     causal_lm.train()
     return policy
+
+
+def _build_empty(folder: Path) -> Any | None:
+    config = load_policy_config(folder)
+    _check_weight_files(folder)
+    with quiet_transformers():
+        return build_empty(folder, config)
 
 
 def load_causal_lm(folder: Path) -> Any:

@@ -7,9 +7,11 @@ whose path `agent.py` sets) and talk over the loopback interface, so that nothin
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,17 +19,26 @@ import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import FileStore, HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 
 from learner.training import attention
 from learner.training.config import Device, Precision
 from learner.training.context import ContextGroup
 from learner.training.cpu import use_fast_float32
+from learner.training.deferred import fill
 from learner.training.launch import RENDEZVOUS_VARIABLE
 from learner.training.policy import Policy, RowForm
 from learner.training.tensor_parallel import TensorGroup, divide
 from penstock.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 COLLECTIVE_TIMEOUT_SECONDS = 600.0
 """A collective that takes longer has lost a rank: the process ends with an error."""
@@ -47,6 +58,8 @@ class Ranks:
     """The ranks that hold the same rows as this one, a slice of the tokens each."""
     tensor: TensorGroup | None = None
     """The ranks that hold the same rows as this one, and a share of each matrix."""
+    offload: bool = False
+    """Parameters, gradients and the optimiser's state wait in host memory, and the optimiser runs there."""
 
     @property
     def is_first(self) -> bool:
@@ -113,23 +126,38 @@ def open_ranks(
     num_replicas: int = 1,
     context_ranks: int = 1,
     tensor_ranks: int = 1,
+    cpu_offload: bool = False,
 ) -> Ranks:
     """Joins the other ranks as the environment says: RANK, WORLD_SIZE, LOCAL_RANK. Raises ConfigError.
 
     num_replicas: whole copies of the policy, each sharded over a part of the ranks.
     context_ranks: neighbouring ranks, or neighbouring groups of tensor_ranks, that hold one row together.
     tensor_ranks: neighbouring ranks that share each matrix.
+    cpu_offload: keeps what is not being computed with in host memory; on a CPU it is there anyway.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     where = _local_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if where.type == "cpu":
         use_fast_float32()
     mesh = context = tensor = None
-    if world_size > 1 or precision is Precision.BFLOAT16:
+    if cpu_offload and where.type == "cpu":
+        _log.warning(
+            "training.cpu_offload makes no difference: there is no GPU, and all is on the CPU already"
+        )
+    offload = cpu_offload and where.type != "cpu"
+    if world_size > 1 or precision is Precision.BFLOAT16 or offload:
         _join(rank, world_size, where)
         mesh, tensor = _parameter_meshes(where.type, world_size, num_replicas, tensor_ranks)
         context = _context_group(where.type, world_size, context_ranks, tensor_ranks)
-    return Ranks(rank=rank, world_size=world_size, device=where, mesh=mesh, context=context, tensor=tensor)
+    return Ranks(
+        rank=rank,
+        world_size=world_size,
+        device=where,
+        mesh=mesh,
+        context=context,
+        tensor=tensor,
+        offload=offload,
+    )
 
 
 def _parameter_meshes(
@@ -207,13 +235,25 @@ def place(policy: Policy, ranks: Ranks, precision: Precision, *, compiled: bool 
         for module in (*blocks, *_norms(policy.causal_lm)):
             module.forward = torch.compile(module.forward, dynamic=True)
     if ranks.mesh is None:
+        _read(policy, ranks)
         policy.to(ranks.device)
         return
     mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     alone = ranks.mesh.size() == 1
+    offload = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if ranks.offload else OffloadPolicy()
+    shard = partial(fully_shard, mesh=ranks.mesh, mp_policy=mixed, offload_policy=offload)
     for block in blocks:
-        fully_shard(block, mesh=ranks.mesh, mp_policy=mixed, reshard_after_forward=not alone)
-    fully_shard(policy, mesh=ranks.mesh, mp_policy=mixed)
+        shard(block, reshard_after_forward=not alone)
+    shard(policy)
+    _read(policy, ranks)
+
+
+def _read(policy: Policy, ranks: Ranks) -> None:
+    """Weights that are not read yet, by each rank its part."""
+    if policy.source is not None:
+        where = torch.device("cpu") if ranks.offload else ranks.device
+        fill(policy, policy.source.folder, rank=ranks.rank, device=where, seed=policy.source.seed)
+        policy.source = None
 
 
 def _store_frozen(policy: Policy, compute: torch.dtype) -> None:

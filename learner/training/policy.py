@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,6 +58,15 @@ class TokenScores:
     """[S] float32, without."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where the weights of a policy are that has none yet."""
+
+    folder: Path
+    seed: int
+    """Of the first values of adapters."""
+
+
 class Policy(nn.Module):
     """Wraps a transformers model; its parameters keep their names below `causal_lm`."""
 
@@ -70,6 +80,8 @@ class Policy(nn.Module):
         """Who else holds tokens of each row."""
         self.tensor: TensorGroup | None = None
         """Who else holds parts of each matrix."""
+        self.source: Source | None = None
+        """What is still to be read into parameters on the meta device."""
 
     def forward(self, row: PackedRow, *, temperature: float) -> TokenScores:
         """Scores every sampled token of one row under softmax(logits / temperature)."""
@@ -132,6 +144,12 @@ def _right_padded(row: PackedRow) -> tuple[torch.Tensor, torch.Tensor]:
     padded_NL = torch.zeros(inside_NL.shape, dtype=torch.int64, device=row.device)
     padded_NL[inside_NL] = row.token_ids_T
     return padded_NL, inside_NL
+
+
+def packed_evaluation(causal_lm: Any) -> Evaluation:
+    """What choose_evaluation finds for families that are known, of a model without weights."""
+    causal_lm.set_attn_implementation(PACKED)
+    return Evaluation(form=RowForm.PACKED, split_head=True)
 
 
 def choose_evaluation(causal_lm: Any) -> Evaluation:

@@ -47,20 +47,27 @@ class ScalarModel(Policy):
 
 
 def load_scalar_model(
-    folder: Path, *, activation_checkpointing: bool = False, lora: LoraConfig | None = None, seed: int = 0
+    folder: Path,
+    *,
+    activation_checkpointing: bool = False,
+    lora: LoraConfig | None = None,
+    seed: int = 0,
+    deferred: bool = False,
 ) -> ScalarModel:
     """A policy's layers, with a head that says 0 of everything. Raises ConfigError.
 
     The head is trained whole, also where the layers get adapters.
     """
-    policy = load_policy(folder, activation_checkpointing=activation_checkpointing, lora=lora, seed=seed)
+    policy = load_policy(
+        folder, activation_checkpointing=activation_checkpointing, lora=lora, seed=seed, deferred=deferred
+    )
     if not policy.evaluation.split_head:
         name = type(policy.causal_lm).__name__
         raise ConfigError(
             f"{folder}: {name} does more after its last layer than its language head; its states cannot be scored"
         )
     model = ScalarModel(policy.causal_lm, policy.evaluation)
-    model.adapters = policy.adapters
+    model.adapters, model.source = policy.adapters, policy.source
     return model
 
 

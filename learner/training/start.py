@@ -120,6 +120,7 @@ def join_ranks(training: TrainingConfig) -> Ranks:
         num_replicas=training.num_replicas,
         context_ranks=training.context_ranks,
         tensor_ranks=training.tensor_ranks,
+        cpu_offload=training.cpu_offload,
     )
 
 
@@ -132,6 +133,7 @@ def make_updater(config: RunConfig, ranks: Ranks) -> Updater:
         activation_checkpointing=training.activation_checkpointing,
         lora=training.lora,
         seed=config.seed,
+        deferred=True,
     )
     place(policy, ranks, training.precision, compiled=training.compile)
     return Updater(
@@ -155,6 +157,7 @@ def make_critic(config: RunConfig, ranks: Ranks) -> Critic | None:
         activation_checkpointing=training.activation_checkpointing,
         lora=training.lora,
         seed=config.seed,
+        deferred=True,
     )
     place(model, ranks, training.precision)
     updater = Updater(

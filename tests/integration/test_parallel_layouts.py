@@ -41,7 +41,7 @@ TENSOR_AND_REPLICAS = Layout(tensor_ranks=2, num_replicas=2)
 
 
 def make_updater(folder: Path, ranks: Ranks, *, row_tokens: int = 48, padded: bool = False) -> Updater:
-    policy = load_policy(folder)
+    policy = load_policy(folder, deferred=ranks.world_size > 1)
     if padded:
         policy.causal_lm.set_attn_implementation("sdpa")
         policy = Policy(policy.causal_lm, dataclasses.replace(policy.evaluation, form=RowForm.PADDED))

@@ -81,7 +81,10 @@ def write_family(folder: Path, config: PreTrainedConfig) -> None:
 def make_updater(folder: Path, ranks: Ranks, case: Case, precision: Precision = Precision.FLOAT32) -> Updater:
     load = load_scalar_model if case.is_critic else load_policy
     policy = load(
-        folder / case.family, lora=case.lora, activation_checkpointing=case.activation_checkpointing
+        folder / case.family,
+        lora=case.lora,
+        activation_checkpointing=case.activation_checkpointing,
+        deferred=ranks.world_size > 1,
     )
     if case.is_critic:
         torch.nn.init.normal_(policy.causal_lm.score.weight, generator=torch.Generator().manual_seed(0))
@@ -97,7 +100,7 @@ def digest(updater: Updater, precision: Precision) -> str:
         is_first = updater.ranks.is_first
         sink = stack.enter_context(closing(VersionLog(name_prefix=name))) if is_first else None
         manifest = Publisher(updater.policy, updater.ranks, sink, precision).write(PolicyVersion(1, 0))
-        return "" if manifest is None else manifest.digest.hex()
+        return "" if manifest is None else manifest.digest
 
 
 def train_cases(rank: int, folder: str, cases: dict[str, Case]) -> None:
