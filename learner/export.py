@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from learner.training.checkpoint import (
     Checkpoint,
     CheckpointDamaged,
     CheckpointReader,
+    checkpoint_folders,
     newest,
     verify,
 )
@@ -24,8 +26,11 @@ from learner.training.config import Precision
 from learner.training.folder import check_output_folder, write_policy_folder
 from learner.training.model import load_causal_lm, weights_digest
 from learner.training.publish import named_tensors
+from learner.training.retention import Retention
 from penstock import config as configuration
 from penstock.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
         arguments.run_dir,
         arguments.out,
         step=arguments.step,
+        best=arguments.best,
         precision=Precision(arguments.dtype),
         adapter_only=arguments.adapter,
     )
@@ -49,7 +55,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "out", type=Path, metavar="OUT", help="the folder to write; a policy there is replaced"
     )
-    parser.add_argument("--step", type=int, help="which checkpoint; the newest sound one if left out")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="which checkpoint; the newest sound one if left out")
+    which.add_argument(
+        "--best", action="store_true", help="the best that is kept, by the run's training.checkpoint.metric"
+    )
     parser.add_argument(
         "--dtype",
         choices=[str(p) for p in Precision],
@@ -67,11 +77,13 @@ def export(
     out: Path,
     *,
     step: int | None = None,
+    best: bool = False,
     precision: Precision = Precision.FLOAT32,
     adapter_only: bool = False,
 ) -> int:
     """Writes a sound checkpoint to `out`; returns its step. Safe while the run goes on. Raises ConfigError.
 
+    best: the one that is best by the metric that the run's configuration names; else the newest, or that of `step`.
     adapter_only: of a run that trains adapters, those alone, as peft loads them; else they are merged.
     """
     if not (run_dir / "config.toml").is_file():
@@ -80,7 +92,9 @@ def export(
         RunConfig, [str(run_dir / "config.toml")], prog="penstock export", description="A run."
     )
     (check_adapter_folder if adapter_only else check_output_folder)(out)
-    checkpoint = _find(run_dir / "checkpoints", step)
+    folder = run_dir / "checkpoints"
+    retention = Retention.of(config.training.checkpoint)
+    checkpoint = _find_best(folder, retention) if best else _find(folder, step)
     with CheckpointReader(checkpoint.path) as reader:
         names = [name for name in reader.tensors if name.startswith(POLICY)]
         tensors = {name.removeprefix(POLICY): reader.full(name) for name in names}
@@ -104,6 +118,18 @@ def _merged(tensors: Mapping[str, torch.Tensor], adapters: Adapters, folder: Pat
     """The policy of a folder with adapters added to it."""
     base = dict(named_tensors(load_causal_lm(folder)))
     return merged(base, parts_of(tensors.items()), adapters.scale)
+
+
+def _find_best(folder: Path, retention: Retention) -> Checkpoint:
+    for path in retention.best_first(checkpoint_folders(folder)):
+        try:
+            return verify(path)
+        except CheckpointDamaged as damage:
+            _log.error("checkpoint %s is damaged, and the next best is taken: %s", path, damage)
+    raise ConfigError(
+        f"{folder}: has no sound checkpoint with the metric {retention.metric}; expected one that "
+        "training.checkpoint.metric names: leave out --best, or mend the run's config.toml"
+    )
 
 
 def _find(folder: Path, step: int | None) -> Checkpoint:

@@ -26,7 +26,8 @@ def block_of(tensor: torch.Tensor, rank: int) -> Block:
         ):
             dim = getattr(placement, "dim", None)
             if dim is not None:
-                bounds[dim] = _chunk(*bounds[dim], size, place)
+                start, stop = bounds[dim]
+                bounds[dim] = _chunk(start, stop, size, place)
     return tuple(slice(*each) for each in bounds)
 
 

@@ -35,6 +35,7 @@ from learner.training.adapters import Adapters
 from learner.training.blocks import Block, block_of, is_copy, overlap
 from learner.training.parallel import Ranks, local
 from learner.training.publish import trained_tensors
+from learner.training.retention import MANIFEST, Retention
 from learner.training.updater import Updater
 from penstock.errors import ConfigError, PenstockError
 
@@ -47,7 +48,7 @@ WRITE_SECONDS = 1800.0
 POLICY = "policy/"
 _OPTIMIZER = "optimizer/"
 _RNG = "rng/"
-_MANIFEST, _DIGEST = "manifest.json", "manifest.blake3"
+_DIGEST = "manifest.blake3"
 _PREFIX = "step-"
 
 
@@ -71,6 +72,7 @@ class _Pending:
 
     step: int
     digest: Future[bytes]
+    metrics: dict[str, float]
 
     def result(self) -> bytes:
         """The shard's digest, once it is on disk. Raises PenstockError."""
@@ -87,20 +89,26 @@ class _Pending:
 class Checkpoints:
     """The checkpoints of one run. Every rank calls the same methods in the same order."""
 
-    def __init__(self, folder: Path, updater: Updater, *, keep: int) -> None:
+    def __init__(
+        self, folder: Path, updater: Updater, *, keep: int = 1, retention: Retention | None = None
+    ) -> None:
+        """retention: which stay, if it is not the newest `keep`."""
         self._folder = folder
         self._updater = updater
-        self._keep = keep
+        self._retention = retention or Retention(keep=keep)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
 
-    def write(self, step: int) -> Checkpoint:
-        """Writes the state after `step` steps; deletes the oldest beyond `keep`. Raises PenstockError."""
-        self.begin(step)
+    def write(self, step: int, metrics: Mapping[str, float] | None = None) -> Checkpoint:
+        """Writes the state after `step` steps; deletes what need not stay. Raises PenstockError."""
+        self.begin(step, metrics)
         return self.finish()
 
-    def begin(self, step: int) -> None:
-        """Copies the state into host memory, and has a thread write it. Training may go on; `finish` is due."""
+    def begin(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
+        """Copies the state into host memory, and has a thread write it. Training may go on; `finish` is due.
+
+        metrics: what to tell checkpoints apart by.
+        """
         assert self._pending is None, "the checkpoint before this one is not finished"
         ranks, aside = self._updater.ranks, self._aside(step)
         if ranks.is_first:
@@ -109,7 +117,9 @@ class Checkpoints:
         ranks.barrier()
         shard = aside / _shard_name(ranks.rank, ranks.world_size)
         self._pending = _Pending(
-            step=step, digest=self._writer.submit(_write_shard, _state_of(self._updater), shard)
+            step=step,
+            digest=self._writer.submit(_write_shard, _state_of(self._updater), shard),
+            metrics=dict(metrics or {}),
         )
 
     def is_written(self) -> bool:
@@ -131,10 +141,11 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
             raise
         digests = ranks.gather(torch.frombuffer(bytearray(written), dtype=torch.uint8))
-        manifest = _manifest_bytes(self._updater, step, [bytes(digest.tolist()).hex() for digest in digests])
+        named = [bytes(digest.tolist()).hex() for digest in digests]
+        manifest = _manifest_bytes(self._updater, step, named, pending.metrics)
         digest = blake3(manifest).hexdigest()
         if ranks.is_first:
-            _write_synced(aside / _MANIFEST, manifest)
+            _write_synced(aside / MANIFEST, manifest)
             _write_synced(aside / _DIGEST, digest.encode())
             _replace(aside, final)
             self._delete_old()
@@ -170,13 +181,13 @@ class Checkpoints:
         return self._folder / f".{_PREFIX}{step:08d}.writing"
 
     def _delete_old(self) -> None:
-        for path in _folders(self._folder)[self._keep :]:
+        for path in self._retention.stale(checkpoint_folders(self._folder)):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def newest(folder: Path, *, set_aside: bool = False) -> Checkpoint | None:
     """The newest checkpoint whose digests hold. Damaged ones are logged and, if asked, renamed."""
-    for path in _folders(folder):
+    for path in checkpoint_folders(folder):
         try:
             return verify(path)
         except CheckpointDamaged as damage:
@@ -189,19 +200,19 @@ def newest(folder: Path, *, set_aside: bool = False) -> Checkpoint | None:
 def verify(path: Path) -> Checkpoint:
     """Checks every byte against the manifest. Raises CheckpointDamaged."""
     try:
-        manifest, stated = (path / _MANIFEST).read_bytes(), (path / _DIGEST).read_text("ascii")
+        manifest, stated = (path / MANIFEST).read_bytes(), (path / _DIGEST).read_text("ascii")
         if blake3(manifest).hexdigest() != stated:
-            raise CheckpointDamaged(f"{_MANIFEST} does not have the digest that {_DIGEST} states")
+            raise CheckpointDamaged(f"{MANIFEST} does not have the digest that {_DIGEST} states")
         fields = json.loads(manifest)
         for name, digest in fields["files"].items():
             if _hash(path / name).hex() != digest:
-                raise CheckpointDamaged(f"{name} does not have the digest that {_MANIFEST} states")
+                raise CheckpointDamaged(f"{name} does not have the digest that {MANIFEST} states")
         return Checkpoint(path=path, step=fields["step"], digest=stated)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointDamaged(str(error)) from error
 
 
-def _folders(folder: Path) -> list[Path]:
+def checkpoint_folders(folder: Path) -> list[Path]:
     """Complete checkpoints, newest first."""
     return sorted((path for path in folder.glob(f"{_PREFIX}*") if path.is_dir()), reverse=True)
 
@@ -242,12 +253,14 @@ def _is_written(tensor: torch.Tensor, rank: int) -> bool:
     return tensor.ndim == 0 or not is_copy(tensor, rank)
 
 
-def _manifest_bytes(updater: Updater, step: int, digests: list[str]) -> bytes:
+def _manifest_bytes(updater: Updater, step: int, digests: list[str], metrics: Mapping[str, float]) -> bytes:
     world_size = updater.ranks.world_size
     tensors = {name: _placement(tensor, world_size) for name, tensor in _named_tensors(updater)}
     files = {_shard_name(rank, world_size): digest for rank, digest in enumerate(digests)}
     has_columns = any("columns" in entry for entry in tensors.values())
     fields = {"format": FORMATS[int(has_columns)], "step": step, "files": files, "tensors": tensors}
+    if metrics:
+        fields["metrics"] = dict(metrics)
     if updater.policy.adapters is not None:
         fields["adapters"] = dataclasses.asdict(updater.policy.adapters)
     return json.dumps(fields, indent=1).encode()
@@ -273,7 +286,7 @@ class CheckpointReader:
 
     def __init__(self, path: Path) -> None:
         self._stack = ExitStack()
-        fields = json.loads((path / _MANIFEST).read_bytes())
+        fields = json.loads((path / MANIFEST).read_bytes())
         if fields["format"] not in FORMATS:
             raise ConfigError(
                 f"{path}: checkpoint format is {fields['format']}; this program reads {FORMATS[0]} to {FORMATS[-1]}"

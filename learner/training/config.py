@@ -56,11 +56,22 @@ class OptimizerConfig:
                 raise ConfigError(f"optimizer.{name} is {getattr(self, name)}; expected 0 <= {name} < 1")
 
 
+class Mode(StrEnum):
+    MAX = "max"
+    MIN = "min"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointConfig:
     every_steps: int = 50
     keep: int = 3
-    """Older checkpoints are deleted."""
+    """The newest so many stay, to resume from. Older checkpoints are deleted."""
+    keep_best: int = 0
+    """Beside them, so many of all by `metric`, to export; trajectories are not kept for them."""
+    metric: str = "reward_mean"
+    """A metric of the steps, as in metrics.jsonl; its mean since the checkpoint before."""
+    mode: Mode = Mode.MAX
+    """Whether the largest or the smallest is best."""
     in_background: bool = False
     """Train on while a checkpoint is written, from a copy in host memory; the next one waits for it."""
 
@@ -69,6 +80,10 @@ class CheckpointConfig:
             raise ConfigError(
                 f"checkpoint.every_steps is {self.every_steps} and keep {self.keep}; expected at least 1 each"
             )
+        if self.keep_best < 0:
+            raise ConfigError(f"checkpoint.keep_best is {self.keep_best}; expected 0 (none) or more")
+        if not self.metric:
+            raise ConfigError("checkpoint.metric is empty; expected a metric's name, such as reward_mean")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +148,11 @@ class TrainingConfig:
         if self.num_ranks < 1:
             raise ConfigError(f"training.num_ranks is {self.num_ranks}; expected at least 1")
         self._check_layout()
+        if self.compile and self.tensor_ranks > 1:
+            raise ConfigError(
+                f"training.compile is on and tensor_ranks {self.tensor_ranks}: blocks of shared matrices would be "
+                "compiled again for most rows; set one of them back"
+            )
         if self.cpu_offload and self.device is Device.CPU:
             raise ConfigError(
                 "training.cpu_offload has no meaning on training.device cpu, where all is in host memory; "

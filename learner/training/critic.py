@@ -5,7 +5,7 @@ It starts from the run's policy with a head that says 0, and shares nothing with
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from learner.algorithms.values import explained_share, value_loss
 from learner.training.checkpoint import Checkpoint, Checkpoints
 from learner.training.packing import PackedRow, TokenSequence
 from learner.training.policy import TokenScores
+from learner.training.retention import Retention
 from learner.training.updater import Snapshot, Updater, UpdateReport
 
 
@@ -76,14 +77,14 @@ def critic_metrics(
 class CheckpointsWithCritic(Checkpoints):
     """The critic's checkpoint is complete before the policy's of the same step, which is what counts."""
 
-    def __init__(self, folder: Path, updater: Updater, critic: Critic, *, keep: int) -> None:
-        super().__init__(folder, updater, keep=keep)
-        # One more than the policy's, so that each of those has its critic even if a write is cut short.
-        self._critic = Checkpoints(folder.with_name("critic"), critic.updater, keep=keep + 1)
+    def __init__(self, folder: Path, updater: Updater, critic: Critic, *, retention: Retention) -> None:
+        super().__init__(folder, updater, retention=retention)
+        # One more than the policy's newest, so that each of those has its critic even if a write is cut short.
+        self._critic = Checkpoints(folder.with_name("critic"), critic.updater, keep=retention.keep + 1)
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
         self._critic.begin(step)
-        super().begin(step)
+        super().begin(step, metrics)
 
     def is_written(self) -> bool:
         critic, policy = self._critic.is_written(), super().is_written()

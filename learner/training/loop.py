@@ -24,8 +24,9 @@ from learner.training.coordinator import Coordinator
 from learner.training.orders import Leave, Orders, Train, WriteCheckpoint
 from learner.training.parallel import Ranks
 from learner.training.publish import Publishes
+from learner.training.retention import Means
 from learner.training.step import Algorithm
-from penstock.errors import TrainingDiverged
+from penstock.errors import ConfigError, TrainingDiverged
 from penstock.trajectory import PolicyVersion
 
 _log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class Training:
                     self.versions.publish(
                         position.version, report.metrics | timing, trained=batch.group_ids()
                     )
-                    self.checkpoints.after_step(position)
+                    self.checkpoints.after_step(position, report.metrics)
         self.checkpoints.write(position)
         return position.step >= self.num_steps
 
@@ -140,12 +141,16 @@ class CheckpointLog:
         *,
         every_steps: int,
         in_background: bool = False,
+        metric: str = "",
     ) -> None:
+        """metric: what steps must have, if checkpoints are kept by one."""
         self._checkpoints = checkpoints
         self._coordinator = coordinator
         self._ranks = ranks
         self._every_steps = every_steps
         self._in_background = in_background
+        self._metric = metric
+        self._means = Means()
         self._written = 0
         """Of the newest checkpoint: on disk, or on its way there."""
         self._pending: Position | None = None
@@ -154,8 +159,17 @@ class CheckpointLog:
         self._written = self._checkpoints.resume()
         return self._written
 
-    def after_step(self, position: Position) -> None:
-        """Begins the checkpoint that is due; tells of one that has meanwhile reached the disk."""
+    def after_step(self, position: Position, metrics: Mapping[str, float]) -> None:
+        """Begins the checkpoint that is due; tells of one that has meanwhile reached the disk.
+
+        metrics: of the step. Raises ConfigError if they lack the one that checkpoints are kept by.
+        """
+        if self._metric and self._metric not in metrics:
+            raise ConfigError(
+                f"training.checkpoint.metric is {self._metric}, which steps of this run do not have; expected one "
+                f"of {', '.join(sorted(metrics))}"
+            )
+        self._means.add(metrics)
         if self._pending is not None and self._checkpoints.is_written():
             self._finish()
         if position.step % self._every_steps == 0:
@@ -173,7 +187,7 @@ class CheckpointLog:
         if position.step == self._written:
             return
         self._finish()
-        self._checkpoints.begin(position.step)
+        self._checkpoints.begin(position.step, self._means.take())
         self._written, self._pending = position.step, dataclasses.replace(position)
 
     def _finish(self) -> None:

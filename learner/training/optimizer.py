@@ -56,6 +56,8 @@ def step_if(optimizer: torch.optim.Optimizer, is_finite: torch.Tensor, *, learni
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+    # Parameters that wait in host memory are updated there: only then the host has to read the flag.
+    where = optimizer.param_groups[0]["params"][0].device
     # What torch's loss scaler sets: the fused kernel reads it and does nothing where it is 1.
-    optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+    optimizer.found_inf = (~is_finite).float().to(where)  # type: ignore[attr-defined]
     optimizer.step()

@@ -81,6 +81,11 @@ class Ranks:
         return self.world_size // (self.tensor.size if self.tensor else 1)
 
     @property
+    def keeps_weights(self) -> bool:
+        """Whether FSDP2 has nobody to share with, nor host memory to put weights into: copies to compute with stay."""
+        return self.mesh is not None and self.mesh.size() == 1 and not self.offload
+
+    @property
     def _share_size(self) -> int:
         return (self.context.size if self.context else 1) * (self.tensor.size if self.tensor else 1)
 
@@ -173,6 +178,8 @@ def _parameter_meshes(
     mesh = init_device_mesh(device_type, tuple(sizes[name] for name in names), mesh_dim_names=names)
     if tensor_ranks == 1:
         return mesh, None
+    # It advises on what two divisions of one tensor cost, which is known.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     return mesh[names[:-1]], TensorGroup(mesh=mesh["tensor"])
 
 
@@ -223,12 +230,12 @@ def place(policy: Policy, ranks: Ranks, precision: Precision, *, compiled: bool 
     ranks that share matrices have divided them. Raises ConfigError.
 
     Master weights and gradient reduction are float32; blocks compute in `precision`, in which what is
-    frozen is also kept. With
-    `compiled`, torch.compile makes kernels of each block and of what follows them, once for all row lengths.
+    frozen is also kept. With `compiled`, torch.compile makes kernels of each block and of what follows them,
+    once for all row lengths. Weights that are not read yet are read at the end, by each rank its part.
     """
-    _give_groups(policy, ranks)
     compute = torch.bfloat16 if precision is Precision.BFLOAT16 else torch.float32
     _store_frozen(policy, compute)
+    _give_groups(policy, ranks)
     blocks = _blocks(policy.causal_lm)
     attention.prepare(ranks.device)
     if compiled:
@@ -239,17 +246,16 @@ def place(policy: Policy, ranks: Ranks, precision: Precision, *, compiled: bool 
         policy.to(ranks.device)
         return
     mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-    alone = ranks.mesh.size() == 1
     offload = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if ranks.offload else OffloadPolicy()
     shard = partial(fully_shard, mesh=ranks.mesh, mp_policy=mixed, offload_policy=offload)
     for block in blocks:
-        shard(block, reshard_after_forward=not alone)
+        shard(block, reshard_after_forward=not ranks.keeps_weights)
     shard(policy)
     _read(policy, ranks)
 
 
 def _read(policy: Policy, ranks: Ranks) -> None:
-    """Weights that are not read yet, by each rank its part."""
+    """Fills what is on the meta device."""
     if policy.source is not None:
         where = torch.device("cpu") if ranks.offload else ranks.device
         fill(policy, policy.source.folder, rank=ranks.rank, device=where, seed=policy.source.seed)
@@ -291,9 +297,8 @@ def reshard(policy: Policy) -> None:
 
 
 def accumulate(policy: Policy, ranks: Ranks, *, is_last: bool) -> None:
-    """Call before each row of an update. A rank that shards with nobody keeps its compute copies and adds
-    gradients up until the last row."""
-    if isinstance(policy, FSDPModule) and ranks.mesh is not None and ranks.mesh.size() == 1:
+    """Call before each row of an update. A rank that keeps its compute copies adds gradients up until the last."""
+    if isinstance(policy, FSDPModule) and ranks.keeps_weights:
         policy.set_requires_gradient_sync(is_last)
         policy.set_reshard_after_backward(is_last)
 

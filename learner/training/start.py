@@ -28,6 +28,7 @@ from learner.training.policy_gradient import PolicyGradient
 from learner.training.publish import Publisher, Publishes
 from learner.training.publish_adapters import AdapterPublisher
 from learner.training.reference import Reference
+from learner.training.retention import Retention
 from learner.training.scalar import load_scalar_model
 from learner.training.step import Algorithm
 from learner.training.stopping import StopOnSignal
@@ -88,6 +89,7 @@ def train(
         ranks,
         every_steps=config.training.checkpoint.every_steps,
         in_background=config.training.checkpoint.in_background,
+        metric=config.training.checkpoint.metric if config.training.checkpoint.keep_best else "",
     )
     step = checkpoints.resume()
     lineage = coordinator.open_lineage(step) if ranks.is_first else Lineage(run_id="", epoch=0)
@@ -173,10 +175,10 @@ def make_critic(config: RunConfig, ranks: Ranks) -> Critic | None:
 
 
 def _checkpoints(config: RunConfig, updater: Updater, critic: Critic | None) -> Checkpoints:
-    folder, keep = config.run_dir / "checkpoints", config.training.checkpoint.keep
+    folder, retention = config.run_dir / "checkpoints", Retention.of(config.training.checkpoint)
     if critic is None:
-        return Checkpoints(folder, updater, keep=keep)
-    return CheckpointsWithCritic(folder, updater, critic, keep=keep)
+        return Checkpoints(folder, updater, retention=retention)
+    return CheckpointsWithCritic(folder, updater, critic, retention=retention)
 
 
 def make_algorithm(config: RunConfig, updater: Updater, critic: Critic | None = None) -> Algorithm:

@@ -79,6 +79,7 @@ def divide(causal_lm: Any, group: TensorGroup) -> None:
     Raises ConfigError for a model that cannot be divided so.
     """
     _check(causal_lm.config, group.size)
+    trained = {name for name, parameter in causal_lm.named_parameters() if parameter.requires_grad}
     _divide_vocabulary(causal_lm, group)
     styles = {
         name: style
@@ -89,6 +90,9 @@ def divide(causal_lm: Any, group: TensorGroup) -> None:
     for name, module in causal_lm.named_children():
         if module is not causal_lm.base_model:
             _replicate(module, group.mesh, name)
+    for name, parameter in causal_lm.named_parameters():
+        # Which torch's styles do not all preserve.
+        parameter.requires_grad_(name in trained)
 
 
 def _check(config: Any, size: int) -> None:

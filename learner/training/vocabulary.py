@@ -62,7 +62,9 @@ class _SharedLogprobs(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         parts = [
             _part_sums(_logits(hidden, weight_vH, temperature), targets)
-            for hidden, targets in zip(hidden_SH.split(chunk), targets_S.split(chunk), strict=True)
+            for hidden, targets in zip(
+                torch.split(hidden_SH, chunk), torch.split(targets_S, chunk), strict=True
+            )
         ]
         largest_S, *sums = (torch.cat(each) for each in zip(*parts, strict=True))
         logprobs_S, entropy_S, log_total_S = _joined(largest_S, torch.stack(sums), group)
@@ -80,7 +82,7 @@ class _SharedLogprobs(torch.autograd.Function):
         parts_SH = []
         whole_S = (hidden_SH, targets_S, log_total_S, gradients[0] / ctx.temperature)
         for hidden, targets, log_total, gradient in zip(
-            *(each.split(ctx.chunk) for each in whole_S), strict=True
+            *(torch.split(each, ctx.chunk) for each in whole_S), strict=True
         ):
             logits = _logits(hidden, weight_vH, ctx.temperature)
             to_logits = logits.sub_(log_total[:, None]).exp_().mul_(-gradient[:, None])

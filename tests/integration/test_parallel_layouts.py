@@ -124,6 +124,11 @@ def test_a_layout_that_does_not_divide_the_ranks_is_refused(name: str) -> None:
         TrainingConfig(num_ranks=4, **{name: 3})
 
 
+def test_shared_matrices_are_not_compiled() -> None:
+    with pytest.raises(ConfigError, match=r"training\.compile is on and tensor_ranks 2"):
+        TrainingConfig(num_ranks=2, tensor_ranks=2, compile=True)
+
+
 @pytest.mark.parametrize("name", ["num_replicas", "context_ranks"])
 def test_layouts_that_divide_the_ranks_only_one_by_one_are_refused(name: str) -> None:
     with pytest.raises(

@@ -71,13 +71,13 @@ def test_the_coordinator_hears_of_a_checkpoint_once_it_is_on_disk_and_the_next_o
     checkpoints = Checkpoints(tmp_path / "checkpoints", updater, keep=2)
     log = CheckpointLog(checkpoints, coordinator, ONE_RANK, every_steps=2, in_background=True)
     position = Position(epoch=1, step=2)
-    log.after_step(position)
+    log.after_step(position, {})
     position.step = 3
-    log.after_step(position)
+    log.after_step(position, {})
     assert coordinator.calls == []
     disk.free.set()
     position.step = 4
-    log.after_step(position)
+    log.after_step(position, {})
     assert coordinator.calls[0] == "checkpoint 2"
     log.write(position)
     assert coordinator.calls == ["checkpoint 2", "checkpoint 4"]
