@@ -17,11 +17,11 @@ from learner.training.checkpoint import (
     POLICY,
     Checkpoint,
     CheckpointDamaged,
-    CheckpointReader,
     checkpoint_folders,
     newest,
     verify,
 )
+from learner.training.checkpoint_reader import CheckpointReader
 from learner.training.config import Precision
 from learner.training.folder import check_output_folder, write_policy_folder
 from learner.training.model import load_causal_lm, weights_digest

@@ -21,18 +21,18 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from blake3 import blake3
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from learner.training.adapters import Adapters
-from learner.training.blocks import Block, block_of, is_copy, overlap
+from learner.training.blocks import block_of, is_copy
+from learner.training.checkpoint_reader import FORMATS, CheckpointReader
 from learner.training.parallel import Ranks, local
 from learner.training.publish import trained_tensors
 from learner.training.retention import MANIFEST, Retention
@@ -41,8 +41,6 @@ from penstock.errors import ConfigError, PenstockError
 
 _log = logging.getLogger(__name__)
 
-FORMATS = (1, 2)
-"""The second has tensors that are divided by columns too."""
 WRITE_SECONDS = 1800.0
 """A shard that takes longer to write has a dead disk under it."""
 POLICY = "policy/"
@@ -279,66 +277,6 @@ def _placement(tensor: torch.Tensor, world_size: int) -> dict[str, Any]:
     if any(each != (0, tensor.shape[1]) for each in columns):
         entry["columns"] = columns
     return entry
-
-
-class CheckpointReader:
-    """Reads parts of tensors, whichever files they lie in. Memory-mapped: only what is asked for is read."""
-
-    def __init__(self, path: Path) -> None:
-        self._stack = ExitStack()
-        fields = json.loads((path / MANIFEST).read_bytes())
-        if fields["format"] not in FORMATS:
-            raise ConfigError(
-                f"{path}: checkpoint format is {fields['format']}; this program reads {FORMATS[0]} to {FORMATS[-1]}"
-            )
-        self.tensors: Mapping[str, dict[str, Any]] = fields["tensors"]
-        self.adapters = Adapters(**fields["adapters"]) if "adapters" in fields else None
-        """What the tensors are, if they aren't the whole policy."""
-        self._files = [self._stack.enter_context(safe_open(path / name, "pt")) for name in fields["files"]]
-
-    def __enter__(self) -> CheckpointReader:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
-
-    def block(self, name: str, block: Block) -> torch.Tensor:
-        """A part of a tensor; all of a scalar."""
-        entry = self.tensors[name]
-        if not entry["shape"]:
-            scalar: torch.Tensor = self._files[0].get_tensor(name)
-            return scalar
-        whole: torch.Tensor | None = None
-        for file, written in zip(self._files, _blocks(entry), strict=True):
-            if common := overlap(block, written):
-                part = file.get_slice(name)[common[1]]
-                if part.shape == tuple(each.stop - each.start for each in block):
-                    return part  # type: ignore[no-any-return]
-                if whole is None:
-                    whole = part.new_empty([each.stop - each.start for each in block])
-                whole[common[0]] = part
-        return torch.zeros([each.stop - each.start for each in block]) if whole is None else whole
-
-    def full(self, name: str) -> torch.Tensor:
-        return self.block(name, tuple(slice(0, size) for size in self.tensors[name]["shape"]))
-
-    def of_rank(self, rank: int, name: str) -> torch.Tensor | None:
-        """A tensor that belongs to one rank, such as its RNG; None if that rank did not exist."""
-        if rank >= len(self._files) or name not in self._files[rank].keys():  # noqa: SIM118
-            return None
-        tensor: torch.Tensor = self._files[rank].get_tensor(name)
-        return tensor
-
-
-def _blocks(entry: Mapping[str, Any]) -> list[Block]:
-    """Which part of a tensor each file has."""
-    shape, rows = entry["shape"], entry["rows"]
-    rest = tuple(slice(0, size) for size in shape[1:])
-    if "columns" not in entry:
-        return [(slice(*each), *rest) for each in rows]
-    return [
-        (slice(*each), slice(*column), *rest[1:]) for each, column in zip(rows, entry["columns"], strict=True)
-    ]
 
 
 def _load(path: Path, updater: Updater) -> None:

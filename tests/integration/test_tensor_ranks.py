@@ -18,7 +18,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from learner.training.checkpoint import CheckpointReader, Checkpoints
+from learner.training.checkpoint import Checkpoints
+from learner.training.checkpoint_reader import CheckpointReader
 from learner.training.config import Device, LoraConfig, OptimizerConfig, Precision
 from learner.training.model import load_policy
 from learner.training.optimizer import make_optimizer

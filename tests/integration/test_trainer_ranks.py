@@ -14,7 +14,8 @@ import torch
 from learner.algorithms.recipe import Preset
 from learner.config import RunConfig, ScheduleConfig
 from learner.training.algorithm_config import AlgorithmConfig
-from learner.training.checkpoint import POLICY, CheckpointReader, newest
+from learner.training.checkpoint import POLICY, newest
+from learner.training.checkpoint_reader import CheckpointReader
 from learner.training.config import CheckpointConfig, Device, OptimizerConfig, TrainingConfig
 from learner.training.launch import launch_command
 from learner.training.parallel import Ranks

@@ -18,7 +18,8 @@ from actors.engines.tensors import unpack
 from learner.training.adapter_folder import write_adapter_folder
 from learner.training.adapters import add_adapters, without_adapters
 from learner.training.algorithm_config import AlgorithmConfig
-from learner.training.checkpoint import CheckpointReader, Checkpoints
+from learner.training.checkpoint import Checkpoints
+from learner.training.checkpoint_reader import CheckpointReader
 from learner.training.config import Device, LoraConfig, OptimizerConfig, Precision
 from learner.training.folder import write_policy_folder
 from learner.training.model import load_policy
