@@ -138,8 +138,8 @@ class TrainingConfig:
     compile: bool = False
     """torch.compile each block: minutes at the start, then faster steps on GPUs."""
     cpu_offload: bool = False
-    """Keep parameters, gradients and optimiser state in host memory, and update them there: slower steps, and
-    GPU memory for little more than one block and what a row needs."""
+    """Keep parameters, gradients and optimiser state in host memory, and update them there: slower steps, but
+    GPU memory for no more than a block, the embeddings and what a pass needs."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
