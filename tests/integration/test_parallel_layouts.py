@@ -93,20 +93,13 @@ def assert_layouts_alike(folder: Path, num_ranks: int, layouts: dict[str, Layout
         torch.testing.assert_close(after, expected["scores after"], rtol=0, atol=1e-3)
 
 
-def test_two_ranks_find_the_same_by_shards_and_by_context(folder: Path) -> None:
-    assert_layouts_alike(folder, 2, {"two shards": SHARDS, "two contexts": CONTEXT})
+def test_two_ranks_find_the_same_by_shards_by_context_and_by_shared_matrices(folder: Path) -> None:
+    assert_layouts_alike(folder, 2, {"two shards": SHARDS, "two contexts": CONTEXT, "tensor": TENSOR})
 
 
-def test_two_ranks_that_share_matrices_find_the_same(folder: Path) -> None:
-    assert_layouts_alike(folder, 2, {"tensor": TENSOR})
-
-
-def test_four_ranks_that_share_matrices_and_shards_or_tokens_find_the_same(folder: Path) -> None:
-    assert_layouts_alike(folder, 4, {"tensor and shards": TENSOR, "tensor and context": TENSOR_AND_CONTEXT})
-
-
-def test_four_ranks_find_the_same_in_two_replicas_of_two_shards(folder: Path) -> None:
-    assert_layouts_alike(folder, 4, {"replicas": REPLICAS})
+def test_four_ranks_find_the_same_in_replicas_and_with_shared_matrices(folder: Path) -> None:
+    layouts = {"replicas": REPLICAS, "tensor and shards": TENSOR, "tensor and context": TENSOR_AND_CONTEXT}
+    assert_layouts_alike(folder, 4, layouts)
 
 
 @pytest.mark.slow
