@@ -241,7 +241,7 @@ def checksum(payload: bytes) -> int:
 def trajectory_from_wire(message: trajectory_pb2.Trajectory) -> Trajectory:
     """Raises ProtocolError if an array is not whole or the arrays differ in length."""
     _check_lengths(message)
-    check_enums(message)
+    check_enums(message.finish_reason, message.reward)
     return Trajectory(
         trajectory_id=message.trajectory_id,
         lease_id=message.lease_id,
@@ -284,11 +284,12 @@ def _spans_from_wire(messages: Iterable[trajectory_pb2.VersionSpan]) -> tuple[Ve
     return tuple(VersionSpan(version_from_wire(span.version), span.num_tokens) for span in messages)
 
 
-def check_enums(message: trajectory_pb2.Trajectory) -> None:
+def check_enums(
+    finish_reason: trajectory_pb2.FinishReason.ValueType, reward: trajectory_pb2.Reward
+) -> None:
     """Raises ProtocolError for an unknown finish reason, or a reward that `reward_from_wire` refuses."""
-    if message.finish_reason not in _FINISH_REASON_BACK:
-        raise ProtocolError(f"finish_reason is {message.finish_reason}; expected DONE or LENGTH")
-    reward = message.reward
+    if finish_reason not in _FINISH_REASON_BACK:
+        raise ProtocolError(f"finish_reason is {finish_reason}; expected DONE or LENGTH")
     if reward.status != trajectory_pb2.REWARD_STATUS_VALID or not reward.HasField("value"):
         reward_from_wire(reward)
 

@@ -121,14 +121,19 @@ class Board:
         slot = group.slots[lease.slot]
         if lease.lease_id in slot.lease_ids:
             slot.lease_ids.remove(lease.lease_id)
+        if slot.filled is None:
             self._maybe_free.add(group.group_id)
+            self._count_end(slot, outcome)
+        self.end_if_useless(group)
+
+    def _count_end(self, slot: Slot, outcome: LeaseOutcome) -> None:
+        """Gives an unfilled slot up when its budget of faults is spent."""
         slot.faults[outcome] += 1
-        slot.given_up = slot.filled is None and (
+        slot.given_up = (
             slot.faults[LeaseOutcome.INFRASTRUCTURE] + slot.faults[LeaseOutcome.ENGINE]
             >= self._fleet.infrastructure_budget
             or slot.faults[LeaseOutcome.DATA] >= self._fleet.data_budget
         )
-        self.end_if_useless(group)
 
     def revoke_leases(self, slot: Slot, reason: str) -> None:
         for lease_id in tuple(slot.lease_ids):

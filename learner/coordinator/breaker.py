@@ -93,6 +93,8 @@ class Breaker:
         self._probes.discard(lease_id)
         if self.state is BreakerState.CLOSED:
             self._failed.append(bool(failure))
+            if not failure:
+                return None
             num_failed = sum(self._failed)
             if num_failed >= self._config.failures and 2 * num_failed >= len(self._failed):
                 return self._open(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from penstock.trajectory import PolicyVersion, Task
 
@@ -25,8 +26,7 @@ class LeaseOutcome(StrEnum):
     REVOKED = "revoked"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Filled:
+class Filled(NamedTuple):
     """What training needs to know of the trajectory in a slot, besides its payload."""
 
     trajectory_id: str
@@ -91,7 +91,10 @@ class Group:
 
     @property
     def is_settled(self) -> bool:
-        return all(slot.filled is not None or slot.given_up for slot in self.slots)
+        for slot in self.slots:  # a generator would cost a microsecond for each trajectory
+            if slot.filled is None and not slot.given_up:
+                return False
+        return True
 
     @property
     def members(self) -> list[Filled]:
@@ -108,7 +111,10 @@ class Group:
 
     @property
     def observation_digest(self) -> str | None:
-        return next((s.filled.observation_digest for s in self.slots if s.filled is not None), None)
+        for slot in self.slots:
+            if slot.filled is not None:
+                return slot.filled.observation_digest
+        return None
 
     @property
     def missing_slots(self) -> list[Slot]:

@@ -1,7 +1,8 @@
 """One actor's stream of submissions: read, decide, commit, acknowledge.
 
 A message is decided upon while those before it are being written; acknowledgements are
-sent in order, each once everything up to it is on disk.
+sent in order, each once everything up to it is on disk. Messages of one commit share an
+acknowledgement: sending one costs as much processor time as deciding on a message.
 """
 
 from __future__ import annotations
@@ -51,6 +52,10 @@ class _Decided(NamedTuple):
     written: asyncio.Future[None]
     answer: pb.SubmitResponse
 
+    @property
+    def is_on_disk(self) -> bool:
+        return self.written.done() and self.written.exception() is None
+
 
 class Intake:
     """Takes in the streams of all actors."""
@@ -98,9 +103,20 @@ class Intake:
             await decided.put(_Decided(written, answer))
 
     async def _acknowledge(self, decided: asyncio.Queue[_Decided | None], context: _Context) -> None:
-        while (message := await decided.get()) is not None:
+        message = await decided.get()
+        while message is not None:
             await message.written
-            await context.write(message.answer)
+            answer = message.answer
+            is_taken = False
+            while not is_taken and not decided.empty():
+                message = decided.get_nowait()
+                is_taken = message is None or not message.is_on_disk
+                if message is not None and not is_taken:
+                    answer.acknowledged = message.answer.acknowledged
+                    answer.verdicts.extend(message.answer.verdicts)
+            await context.write(answer)
+            if not is_taken:
+                message = await decided.get()
 
     def _decide(self, session_id: str, request: pb.SubmitRequest) -> pb.SubmitResponse:
         now = self._coordinator.clock()

@@ -32,6 +32,8 @@ class KnownIds:
         key = _key(trajectory_id)
         if key in self._recent:
             return True
+        if not len(self._sorted):
+            return False
         place = int(self._sorted.searchsorted(np.uint64(key)))
         return place < len(self._sorted) and int(self._sorted[place]) == key
 

@@ -42,6 +42,10 @@ class LiveLease:
     environment_seconds: float = 0.0
     """For how long it has waited for its environment, as its actor told last; 0 if it does not."""
 
+    @property
+    def place(self) -> tuple[int, int, int]:
+        return self.group_id, self.slot, self.attempt
+
 
 class RolloutReport(NamedTuple):
     """What an actor tells of one lease with each heartbeat."""

@@ -78,6 +78,8 @@ class LeaseEnded(NamedTuple):
 
 
 class TrajectoryStored(NamedTuple):
+    """Also tells that its session came to `sequence`."""
+
     trajectory_id: str
     group_id: int
     slot: int
@@ -108,6 +110,8 @@ class ItemsRefused:
 
 
 class SequenceAdvanced(NamedTuple):
+    """An item that left no trajectory was decided upon."""
+
     session_id: str
     sequence: int
 

@@ -336,17 +336,18 @@ class Scheduler:
     ) -> Verdict:
         """Decides on one trajectory. Raises SessionFenced, PeerLost, SequenceGap."""
         session = self.fleet.require(session_id, now)
-        if not self._advance(session, sequence):
+        if not _is_next(session, sequence):
             self._journal.record(ItemsRefused(duplicates=1))
             return DUPLICATE
         if isinstance(submission, Rejected):
             return self._refuse(session, submission, submission.lease_id)
         try:
-            return self._decide(session, sequence, submission, now)
+            return self._decide(session, submission, now)
         except Rejected as rejected:
             return self._refuse(session, rejected, submission.lease_id)
 
     def _refuse(self, session: Session, rejected: Rejected, lease_id: str) -> Verdict:
+        self._advance(session)
         self._journal.record(ItemsRefused(rejected=(rejected.code,)))
         self._journal.event(
             "rejected", f"{session.info.actor_id}, lease {lease_id[:40]}: {rejected.code}: {rejected}"
@@ -358,7 +359,8 @@ class Scheduler:
     ) -> Verdict:
         """An item that holds nothing to decide upon."""
         session = self.fleet.require(session_id, now)
-        if self._advance(session, sequence):
+        if _is_next(session, sequence):
+            self._advance(session)
             self._journal.record(ItemsRefused(rejected=(code,)))
         return Verdict(None, code, message)
 
@@ -374,8 +376,9 @@ class Scheduler:
     ) -> None:
         """An actor gives a lease back without a trajectory, perhaps with what it played of one."""
         session = self.fleet.require(session_id, now)
-        if not self._advance(session, sequence):
+        if not _is_next(session, sequence):
             return
+        self._advance(session)
         lease = self.leases.get(lease_id)
         if lease is not None and lease.session_id == session_id:
             if partial is not None and outcome is LeaseOutcome.DRAINED:
@@ -426,22 +429,16 @@ class Scheduler:
         )
         return kept
 
-    def _advance(self, session: Session, sequence: int) -> bool:
-        """Notes an item's number; False if it was decided upon before. Raises SequenceGap."""
-        if sequence <= session.last_sequence:
-            return False
-        if sequence != session.last_sequence + 1:
-            raise SequenceGap(
-                f"item {sequence} follows {session.last_sequence}; send again from {session.last_sequence + 1}"
-            )
-        session.last_sequence = sequence
-        self._journal.record(SequenceAdvanced(session_id=session.session_id, sequence=sequence))
-        return True
+    def _advance(self, session: Session) -> None:
+        """Journals the number of an item that leaves no trajectory; a stored one has its number with it."""
+        self._journal.record(SequenceAdvanced(session.session_id, session.last_sequence))
 
-    def _decide(self, session: Session, sequence: int, submission: Submission, now: float) -> Verdict:
-        lease = self._lease_of(submission.lease_id)
+    def _decide(self, session: Session, submission: Submission, now: float) -> Verdict:
+        live = self.leases.get(submission.lease_id)
+        lease = self._lease_of(submission.lease_id) if live is None else live.place
         group = self.board.find(lease[0])
         if submission.trajectory_id in self._known:
+            self._advance(session)
             self._journal.record(ItemsRefused(duplicates=1))
             return DUPLICATE
         if submission.flaw is not None:
@@ -450,17 +447,23 @@ class Scheduler:
         if group is not None:
             validation.check_task(submission.task, group.task)
             validation.check_observation(submission.observation_digest, group.observation_digest)
-        verdict = self._verdict_on(group, lease[1], submission)
-        self._store(session, sequence, submission, lease, verdict)
+        oldest = submission.oldest
+        verdict = self._verdict_on(group, lease[1], oldest)
+        filled = Filled(
+            submission.trajectory_id,
+            oldest.step,
+            submission.num_sampled,
+            submission.is_mixed,
+            submission.reward,
+            submission.observation_digest,
+        )
+        self._store(session, submission, lease, filled, verdict)
         if group is not None:
-            self._settle(group, lease[1], submission, verdict, now)
+            self._settle(group, lease[1], live, submission.lease_id, filled, verdict, now)
         return verdict
 
     def _lease_of(self, lease_id: str) -> tuple[int, int, int]:
-        """(group_id, slot, attempt) of a lease that was granted, live or not. Raises Rejected."""
-        live = self.leases.get(lease_id)
-        if live is not None:
-            return live.group_id, live.slot, live.attempt
+        """(group_id, slot, attempt) of a lease that was granted and lives no more. Raises Rejected."""
         named = parse_lease_name(lease_id)
         if named is not None:
             group_id, slot, attempt = named
@@ -472,14 +475,13 @@ class Scheduler:
                 return named
         raise Rejected(RejectionCode.UNKNOWN_LEASE, f"lease {lease_id[:40]!r} was never granted in this run")
 
-    def _verdict_on(self, group: Group | None, slot_number: int, submission: Submission) -> Verdict:
+    def _verdict_on(self, group: Group | None, slot_number: int, oldest: PolicyVersion) -> Verdict:
         if group is not None and group.is_quarantined:
             return Verdict(TrajectoryState.QUARANTINED, message="its group is quarantined")
         if group is None or group.group_id not in self.groups or self.board.is_assigned(group):
             return Verdict(TrajectoryState.SURPLUS, message="its group is trained or dropped")
         if group.slots[slot_number].filled is not None:
             return Verdict(TrajectoryState.SURPLUS, message="its slot was filled by another")
-        oldest = submission.oldest
         if oldest.epoch == self.epoch and oldest.step < group.born.step:
             return Verdict(
                 TrajectoryState.STALE, message=f"version {oldest} is older than the group's {group.born}"
@@ -489,55 +491,55 @@ class Scheduler:
     def _store(
         self,
         session: Session,
-        sequence: int,
         submission: Submission,
         lease: tuple[int, int, int],
+        filled: Filled,
         verdict: Verdict,
     ) -> None:
         """lease: (group_id, slot, attempt)."""
         assert verdict.state is not None
         self._known.add(submission.trajectory_id)
         self._journal.record(
+            # By place, not by name: of these there is one for each trajectory, and names cost 1 us.
             TrajectoryStored(
-                submission.trajectory_id,
+                filled.trajectory_id,
                 *lease,
-                session_id=session.session_id,
-                sequence=sequence,
-                state=verdict.state,
-                environment=submission.task.environment,
-                oldest_step=submission.oldest.step,
-                num_sampled=submission.num_sampled,
-                mixed=submission.is_mixed,
-                reward=submission.reward,
-                observation_digest=submission.observation_digest,
-                payload=submission.payload if verdict.state is TrajectoryState.PENDING else None,
-                checksum=submission.checksum,
+                session.session_id,
+                session.last_sequence,
+                verdict.state,
+                submission.task.environment,
+                *filled[1:],
+                submission.payload if verdict is PENDING else None,
+                submission.checksum,
             )
         )
 
     def _settle(
-        self, group: Group, slot_number: int, submission: Submission, verdict: Verdict, now: float
+        self,
+        group: Group,
+        slot_number: int,
+        own: LiveLease | None,
+        lease_id: str,
+        filled: Filled,
+        verdict: Verdict,
+        now: float,
     ) -> None:
-        """Fills the slot, or frees it, and ends the leases that this makes needless."""
+        """Fills the slot, or frees it, and ends the leases that this makes needless.
+
+        own: the lease that it came under, if that still lives.
+        """
         slot = group.slots[slot_number]
-        if verdict.state is TrajectoryState.PENDING:
+        environment = group.task.environment
+        if verdict is PENDING:
             slot.given_up = False
             self.num_filled += 1
-            self.outages.filled(group.task.environment, submission.lease_id, now)
-            slot.filled = Filled(
-                trajectory_id=submission.trajectory_id,
-                oldest_step=submission.oldest.step,
-                num_sampled=submission.num_sampled,
-                mixed=submission.is_mixed,
-                reward=submission.reward,
-                observation_digest=submission.observation_digest,
-            )
-        own = self.leases.get(submission.lease_id)
+            self.outages.filled(environment, lease_id, now)
+            slot.filled = filled
         if own is not None:
-            self.demand.lease_ended(now - own.granted_at, filled=verdict.state is TrajectoryState.PENDING)
-            self._stragglers.finished(own, group.task.environment, submission.num_sampled, now)
+            self.demand.lease_ended(now - own.granted_at, filled=verdict is PENDING)
+            self._stragglers.finished(own, environment, filled.num_sampled, now)
             self.board.end_lease(own, LeaseOutcome.FILLED)
-        if slot.filled is not None:
+        if slot.filled is not None and slot.lease_ids:
             self.board.revoke_leases(slot, "another result came first")
         if own is None:
             self.board.end_if_useless(group)
@@ -568,3 +570,15 @@ class Scheduler:
             self._journal.event("fault", f"{session.info.actor_id}, lease {lease.lease_id}: {message[:500]}")
         else:
             self.outages.fault(group.task.environment, lease.lease_id, kind, message, now)
+
+
+def _is_next(session: Session, sequence: int) -> bool:
+    """Notes an item's number; False if it was decided upon before. Raises SequenceGap."""
+    if sequence <= session.last_sequence:
+        return False
+    if sequence != session.last_sequence + 1:
+        raise SequenceGap(
+            f"item {sequence} follows {session.last_sequence}; send again from {session.last_sequence + 1}"
+        )
+    session.last_sequence = sequence
+    return True

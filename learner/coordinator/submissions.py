@@ -78,6 +78,7 @@ class _Opened(NamedTuple):
     sent: Sent
     message: trajectory_pb2.Trajectory
     arrays: Arrays
+    reward: trajectory_pb2.Reward
 
 
 def read(sent: Sequence[Sent], limits: Limits) -> list[Submission | Rejected]:
@@ -159,28 +160,31 @@ def _open(sent: Sent) -> _Opened | Rejected:
     except DecodeError as error:
         return Rejected(RejectionCode.CORRUPT, f"its {len(sent.payload)} bytes are no Trajectory: {error}")
     arrays = Arrays(message.token_ids, message.loss_mask, message.logprobs)
-    rejected = _misformed(message, arrays)
+    reward = message.reward
+    rejected = _misformed(message, arrays, reward)
     if rejected is not None:
         rejected.lease_id = message.lease_id
         return rejected
-    return _Opened(sent, message, arrays)
+    return _Opened(sent, message, arrays, reward)
 
 
-def _misformed(message: trajectory_pb2.Trajectory, arrays: Arrays) -> Rejected | None:
+def _misformed(
+    message: trajectory_pb2.Trajectory, arrays: Arrays, reward: trajectory_pb2.Reward
+) -> Rejected | None:
     if not _TRAJECTORY_ID.fullmatch(message.trajectory_id):
         return Rejected(
             RejectionCode.BAD_ID,
             f"trajectory_id is {message.trajectory_id[:40]!r}; expected 32 hexadecimal digits",
         )
     num_tokens = len(arrays.loss_mask)
-    if num_tokens == 0 or len(arrays.token_ids) != 4 * num_tokens or len(arrays.logprobs) != 4 * num_tokens:
+    if not len(arrays.token_ids) == len(arrays.logprobs) == 4 * num_tokens > 0:
         return Rejected(
             RejectionCode.BAD_LENGTHS,
             f"{len(arrays.token_ids)}, {len(arrays.logprobs)} and {num_tokens} bytes of token_ids, logprobs "
             "and loss_mask; expected 4, 4 and 1 a token, and at least one token",
         )
     try:
-        codec.check_enums(message)
+        codec.check_enums(message.finish_reason, reward)
     except ProtocolError as error:
         return Rejected(RejectionCode.BAD_REWARD, str(error))
     return None
@@ -190,12 +194,12 @@ def _submission(
     opened: _Opened, num_sampled: int, flaw: Rejected | None, tasks: dict[_TaskKey, Task]
 ) -> Submission:
     """tasks: those of the message so far, for the members of a group share one."""
-    message = opened.message
+    message, reward = opened.message, opened.reward
     spans = []
     for span in message.versions:
         version = span.version
         spans.append(VersionSpan(PolicyVersion(version.epoch, version.step), span.num_tokens))
-    task, reward = message.task, message.reward
+    task = message.task
     key = (task.environment, task.split, task.index, task.seed)
     return Submission(
         payload=opened.sent.payload,
@@ -207,12 +211,14 @@ def _submission(
         reward=reward.value if reward.status == trajectory_pb2.REWARD_STATUS_VALID else math.nan,
         task=tasks.get(key) or tasks.setdefault(key, Task(*key)),
         observation_digest=message.observation_digest,
-        flaw=flaw or span_flaw(spans, num_sampled) or _reward_flaw(message),
+        flaw=flaw or span_flaw(spans, num_sampled) or _reward_flaw(message, reward),
     )
 
 
 def span_flaw(spans: Sequence[VersionSpan], num_sampled: int) -> Rejected | None:
     """What is wrong with the versions of so many sampled tokens."""
+    if len(spans) == 1 and spans[0].num_tokens == num_sampled > 0:
+        return None
     lengths = [span.num_tokens for span in spans]
     covered = sum(lengths)
     if covered != num_sampled or 0 in lengths:
@@ -229,15 +235,15 @@ def span_flaw(spans: Sequence[VersionSpan], num_sampled: int) -> Rejected | None
     return None
 
 
-def _reward_flaw(message: trajectory_pb2.Trajectory) -> Rejected | None:
-    reward = message.reward
+def _reward_flaw(message: trajectory_pb2.Trajectory, reward: trajectory_pb2.Reward) -> Rejected | None:
     if reward.status != trajectory_pb2.REWARD_STATUS_VALID or not math.isfinite(reward.value):
         got = codec.reward_from_wire(reward)
         return Rejected(
             RejectionCode.BAD_REWARD,
             f"reward is {got.value} with status {got.status}; expected a finite value with status valid",
         )
-    for name, measured in message.metrics.items() if message.metrics else ():
+    metrics = message.metrics
+    for name, measured in metrics.items() if metrics else ():
         if not math.isfinite(measured):
             return Rejected(
                 RejectionCode.BAD_REWARD, f"metric {name!r} is {measured}; expected a finite number"

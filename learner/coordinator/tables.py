@@ -240,6 +240,7 @@ def _trajectories_stored(db: _Transaction, records: Sequence[TrajectoryStored]) 
             for r in records
         ],
     )
+    _sequences_advanced(db, [SequenceAdvanced(r.session_id, r.sequence) for r in records])
     db.add("accepted", len(records))
     for state, count in Counter(r.state for r in records).items():
         db.add(f"state:{state}", count)
@@ -258,7 +259,7 @@ def _items_refused(db: _Transaction, records: Sequence[ItemsRefused]) -> None:
 def _sequences_advanced(db: _Transaction, records: Sequence[SequenceAdvanced]) -> None:
     newest = {r.session_id: r for r in records}
     db.execute_many(
-        "UPDATE sessions SET acknowledged = advanced.column2 FROM (VALUES {}) AS advanced "
+        "UPDATE sessions SET acknowledged = max(acknowledged, advanced.column2) FROM (VALUES {}) AS advanced "
         "WHERE session_id = advanced.column1",
         tuple(newest.values()),
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from learner.coordinator.core import Coordinator
 from learner.coordinator.groups import LeaseOutcome
 from learner.coordinator.intake import Intake
-from learner.coordinator.ledger import Ledger
+from learner.coordinator.ledger import Ledger, _Write
 from learner.coordinator.records import TrajectoryState
 from penstock.codec import checksum
 from penstock.errors import LedgerError, PeerLost, SequenceGap
@@ -49,16 +50,23 @@ class Run:
         payload = make_message(lease, self.version).SerializeToString()
         return pb.SubmitItem(sequence=sequence, trajectory=payload, checksum=checksum(payload))
 
-    async def take(self, *messages: list[pb.SubmitItem]) -> None:
+    async def take(
+        self, *messages: list[pb.SubmitItem], when_decided: Callable[[], None] = lambda: None
+    ) -> None:
         async def requests() -> AsyncIterator[pb.SubmitRequest]:
             for items in messages:
                 yield pb.SubmitRequest(session_id=self.session_id, items=items)
+            when_decided()
 
         await Intake(self.coordinator, CREDITS).run(requests(), self.stream)  # type: ignore[arg-type]
 
     @property
     def acknowledged(self) -> list[int]:
         return [answer.acknowledged for answer in self.stream.answers]
+
+    @property
+    def sequences(self) -> list[int]:
+        return [verdict.sequence for answer in self.stream.answers for verdict in answer.verdicts]
 
 
 @pytest.fixture
@@ -74,8 +82,27 @@ async def test_each_message_is_acknowledged_in_order_once_it_is_on_disk(run: Run
         [run.item(1, run.leases[0]), run.item(2, run.leases[1])],
         [run.item(3, run.leases[2])],
     )
-    assert run.acknowledged == [2, 3]
+    assert run.acknowledged in ([2, 3], [3])
+    assert run.sequences == [1, 2, 3]
     assert run.ledger.totals().by_state == {TrajectoryState.PENDING: 3}
+
+
+async def test_messages_that_one_commit_wrote_share_an_acknowledgement(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    await run.coordinator.commit()
+    all_decided = threading.Event()
+    commit = run.ledger._commit
+
+    def commit_later(batch: list[_Write]) -> LedgerError | None:
+        assert all_decided.wait(timeout=10.0)
+        return commit(batch)
+
+    monkeypatch.setattr(run.ledger, "_commit", commit_later)
+    messages = [[run.item(number, lease)] for number, lease in enumerate(run.leases, start=1)]
+    await run.take(*messages, when_decided=all_decided.set)
+    assert run.acknowledged in ([1, 4], [4]), "the first was being written when the others came"
+    assert run.sequences == [1, 2, 3, 4]
 
 
 async def test_what_came_before_a_gap_is_acknowledged_and_then_the_gap_is_named(run: Run):
