@@ -13,19 +13,24 @@ heartbeats of its own, that lease 32 slots, submit them as one message, await th
 acknowledgement, and begin again as fast as they can; and 100 actors that offer 2,000
 trajectories a second together, for the time to an acknowledgement when nothing is saturated.
 
+Last, these again while strangers press: 1,000 connections that stop in the midst of their
+first words, and ten that offer 10,000 Joins a second of a protocol that is refused.
+
     python benchmarks/ingest.py [--json FILE]
 
 Names: durable_per_second, bare_per_second, parsed_per_second (medians of the repeats);
 durable_over_bare, durable_over_parsed (ratios of medians); ack_p99_ms, ack_p50_ms (at 2,000
-a second); and for each number N of actors: per_second_N, busy_ack_p99_ms_N,
+a second); for each number N of actors: per_second_N, busy_ack_p99_ms_N,
 cpu_us_per_trajectory_N (of the coordinator's process, with all that its actors ask of it),
-rss_mb_N (its peak).
+rss_mb_N (its peak); and pressed_ack_p99_ms, pressed_over_quiet (its ratio to ack_p99_ms),
+strangers_offered_per_second, strangers_answered_per_second.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import multiprocessing
 import statistics
 import tempfile
@@ -44,12 +49,15 @@ from harness.ingest_servers import (
 )
 from harness.report import add_arguments, write
 from harness.simulated_actors import SimulatedActor, send
+from harness.strangers import strangers
 
 WINDOW = 32
 """Messages: the credits of an actor, 1,024 trajectories."""
 NUM_ACTORS = (1, 10, 100, 1000)
 OFFERED_PER_SECOND = 2000
 OFFERING_ACTORS = 100
+SILENT_STRANGERS = 1000
+STRANGERS_CALLS_PER_SECOND = 10_000
 
 
 def throughput(num_trajectories: int, num_tokens: int) -> tuple[float, float, float]:
@@ -81,16 +89,31 @@ async def _prepare(server: Server, num_trajectories: int, num_tokens: int) -> li
 
 
 def crowd(
-    num_actors: int, num_messages: int, num_tokens: int, *, seconds_between: float = 0.0
+    num_actors: int,
+    num_messages: int,
+    num_tokens: int,
+    *,
+    seconds_between: float = 0.0,
+    is_pressed: bool = False,
 ) -> Mapping[str, float]:
     """What a number of actors costs, and how it is served. num_messages: of each actor."""
     num_trajectories = num_actors * num_messages * ITEMS_PER_MESSAGE
+    pressed = []
     with (
         tempfile.TemporaryDirectory() as folder,
         process(serve_coordinator, Path(folder), num_trajectories) as server,
     ):
         work = _submit_all(server, num_actors, num_messages, num_tokens, seconds_between)
-        seconds, latencies = uvloop.run(work)
+        with contextlib.ExitStack() as stack:
+            if is_pressed:
+                pressed = stack.enter_context(
+                    strangers(
+                        server.address,
+                        num_silent=SILENT_STRANGERS,
+                        calls_per_second=STRANGERS_CALLS_PER_SECOND,
+                    )
+                )
+            seconds, latencies = uvloop.run(work)
         usage = server.usage()
     return {
         "per_second": num_trajectories / seconds,
@@ -98,6 +121,8 @@ def crowd(
         "ack_p99_ms": 1e3 * latencies[int(0.99 * len(latencies))],
         "cpu_us_per_trajectory": 1e6 * usage.cpu_seconds / num_trajectories,
         "rss_mb": usage.peak_rss_mb,
+        "strangers_offered_per_second": sum(each.num_offered / each.seconds for each in pressed),
+        "strangers_answered_per_second": sum(each.num_answered / each.seconds for each in pressed),
     }
 
 
@@ -163,6 +188,12 @@ def main() -> None:
             f"cpu_us_per_trajectory_{number}": found["cpu_us_per_trajectory"],
             f"rss_mb_{number}": found["rss_mb"],
         }
+    found = crowd(OFFERING_ACTORS, 6, num_tokens, seconds_between=between, is_pressed=True)
+    results |= {
+        "pressed_ack_p99_ms": found["ack_p99_ms"],
+        "pressed_over_quiet": found["ack_p99_ms"] / results["ack_p99_ms"],
+        **{name: found[name] for name in ("strangers_offered_per_second", "strangers_answered_per_second")},
+    }
     write(results, arguments)
 
 

@@ -284,9 +284,7 @@ def _spans_from_wire(messages: Iterable[trajectory_pb2.VersionSpan]) -> tuple[Ve
     return tuple(VersionSpan(version_from_wire(span.version), span.num_tokens) for span in messages)
 
 
-def check_enums(
-    finish_reason: trajectory_pb2.FinishReason.ValueType, reward: trajectory_pb2.Reward
-) -> None:
+def check_enums(finish_reason: trajectory_pb2.FinishReason.ValueType, reward: trajectory_pb2.Reward) -> None:
     """Raises ProtocolError for an unknown finish reason, or a reward that `reward_from_wire` refuses."""
     if finish_reason not in _FINISH_REASON_BACK:
         raise ProtocolError(f"finish_reason is {finish_reason}; expected DONE or LENGTH")

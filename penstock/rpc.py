@@ -38,8 +38,12 @@ SERVER_OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 2),
 )
+MAX_CALLS_PER_CONNECTION = 16
+"""Open at once, on a server that many strangers may reach. An actor has four."""
 CHANNEL_OPTIONS = (
     *_SHARED_OPTIONS,
+    # A connection for each channel: else all channels of a process share one, and its server's bound on calls.
+    ("grpc.use_local_subchannel_pool", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 200),
@@ -66,8 +70,14 @@ def is_loopback(address: str) -> bool:
         return False
 
 
-def server() -> grpc.aio.Server:
-    return grpc.aio.server(options=SERVER_OPTIONS)
+def server(*, max_calls_per_connection: int | None = None) -> grpc.aio.Server:
+    """max_calls_per_connection: open at once; further ones wait on the client, or are reset unread."""
+    bound = (
+        ()
+        if max_calls_per_connection is None
+        else (("grpc.max_concurrent_streams", max_calls_per_connection),)
+    )
+    return grpc.aio.server(options=(*SERVER_OPTIONS, *bound))
 
 
 def bind(server: grpc.aio.Server, address: str, *, insecure: bool = False) -> int:

@@ -151,7 +151,7 @@ async def _coordinate(pipe: Connection, folder: Path, num_trajectories: int) -> 
         coordinator, WeightsConfig(medium=WeightsMedium.PULL), host="127.0.0.1", device="cpu"
     )
     welcome = Welcome("benchmark", (), weights_pb2.PolicyFiles(), FleetConfig(), None)
-    server = rpc.server()
+    server = rpc.server(max_calls_per_connection=rpc.MAX_CALLS_PER_CONNECTION)
     coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(
         ActorService(coordinator, Publications(weights), broadcasts, welcome), server
     )

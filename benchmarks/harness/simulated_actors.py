@@ -7,7 +7,6 @@ import functools
 import time
 from collections.abc import AsyncIterator, Sequence
 
-import grpc
 import numpy as np
 from harness.ingest_servers import DIGEST, ITEMS_PER_MESSAGE, SUBMIT, VERSION
 
@@ -24,8 +23,7 @@ class SimulatedActor:
     """One connection of its own, one session, one stream."""
 
     def __init__(self, address: str, number: int, num_tokens: int) -> None:
-        options = (*rpc.CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
-        self._channel = grpc.aio.insecure_channel(address, options=options)
+        self._channel = rpc.channel(address)
         self._stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channel)
         self._number = number
         self._num_tokens = num_tokens

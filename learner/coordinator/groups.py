@@ -91,7 +91,7 @@ class Group:
 
     @property
     def is_settled(self) -> bool:
-        for slot in self.slots:  # a generator would cost a microsecond for each trajectory
+        for slot in self.slots:  # noqa: SIM110 - a generator would cost a microsecond for each trajectory
             if slot.filled is None and not slot.given_up:
                 return False
         return True

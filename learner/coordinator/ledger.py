@@ -281,7 +281,11 @@ class Ledger:
 
     def trajectory_ids(self) -> Iterator[str]:
         """Of every trajectory ever stored."""
-        return (name for (name,) in self._rows("SELECT trajectory_id FROM trajectories"))
+        try:
+            for (name,) in self._reader.execute("SELECT trajectory_id FROM trajectories"):
+                yield name
+        except apsw.Error as error:
+            raise self._fatal(f"{self.path}: cannot be read: {database.explain(error)}") from error
 
     def was_granted(self, group_id: int, slot: int, attempt: int) -> bool:
         """Whether there ever was such a lease."""

@@ -125,7 +125,7 @@ async def _run(
     broadcasts = Broadcasts(coordinator, settings.weights, host=host, device=settings.training.device)
     publications = Publications(weights_server, broadcasts.offer)
     _resume(coordinator, publications, found)
-    server = rpc.server()
+    server = rpc.server(max_calls_per_connection=rpc.MAX_CALLS_PER_CONNECTION)
     welcome = Welcome(
         found.run_id, environments.endpoints, policy.listing(), settings.fleet, settings.truncation_reward
     )

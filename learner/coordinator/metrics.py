@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from learner.coordinator.breaker import BreakerState
 from learner.coordinator.broadcasts import Broadcasts
 from learner.coordinator.core import Coordinator
+from learner.coordinator.refusals import refused
 from penstock.errors import ConfigError, FaultKind
 from penstock.rpc import is_loopback, split_address
 
@@ -56,6 +57,13 @@ class _RunCollector(Collector):
         for code, count in totals.rejected.items():
             rejected.add_metric([code], count)
         yield rejected
+        calls = GaugeMetricFamily(
+            "penstock_calls_refused", "Of actors, trainers, operators and strangers, since the start.",
+            labels=["status"],
+        )  # fmt: skip
+        for status, count in refused.by_status.copy().items():
+            calls.add_metric([status], count)
+        yield calls
         yield from self._environments()
         yield from self._broadcasts()
         step = GaugeMetricFamily("penstock_step", "What the newest step measured.", labels=["measure"])
