@@ -47,8 +47,13 @@ class KnownIds:
             self.add(trajectory_id)
 
     def _merge(self) -> None:
-        recent = np.fromiter(self._recent, dtype=np.uint64, count=len(self._recent))
-        self._sorted = np.union1d(self._sorted, recent)
+        recent = np.sort(np.fromiter(self._recent, dtype=np.uint64, count=len(self._recent)))
+        places = self._sorted.searchsorted(recent)
+        # Inserted, not sorted together: the event loop waits, and of ten million ids a sort takes most of a second.
+        is_new = np.ones(len(recent), dtype=bool)
+        inside = places < len(self._sorted)
+        is_new[inside] = self._sorted[places[inside]] != recent[inside]
+        self._sorted = np.insert(self._sorted, places[is_new], recent[is_new])
         self._recent.clear()
 
 
