@@ -60,20 +60,22 @@ class Board:
 
         may_lease: whether an environment's groups are leased now.
         """
-        return next(((group, group.free_slots[0]) for group in self._with_free_slots(born, may_lease)), None)
+        return next(self._with_free_slots(born, may_lease), None)
 
     def num_free_slots(self, born: int, may_lease: Callable[[str], bool]) -> int:
-        return sum(len(group.free_slots) for group in self._with_free_slots(born, may_lease))
+        return sum(group.num_free for group, _ in self._with_free_slots(born, may_lease))
 
-    def _with_free_slots(self, born: int, may_lease: Callable[[str], bool]) -> Iterator[Group]:
+    def _with_free_slots(self, born: int, may_lease: Callable[[str], bool]) -> Iterator[tuple[Group, int]]:
+        """Groups, the oldest first, and the first free slot of each."""
         for group_id in sorted(self._maybe_free):
             group = self.groups.get(group_id)
-            if group is None or not group.free_slots:
+            number = None if group is None else group.first_free
+            if group is None or number is None:
                 self._maybe_free.discard(group_id)
             elif (
                 group.born.step <= born and not self.is_assigned(group) and may_lease(group.task.environment)
             ):
-                yield group
+                yield group, number
 
     def open(self, group: Group) -> None:
         self.groups[group.group_id] = group

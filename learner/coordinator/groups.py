@@ -121,5 +121,13 @@ class Group:
         return [slot for slot in self.slots if not slot.is_settled]
 
     @property
-    def free_slots(self) -> list[int]:
-        return [number for number, slot in enumerate(self.slots) if slot.is_free]
+    def num_free(self) -> int:
+        return sum(slot.is_free for slot in self.slots)
+
+    @property
+    def first_free(self) -> int | None:
+        """Asked for each lease, and so written out."""
+        for number, slot in enumerate(self.slots):
+            if slot.filled is None and not slot.lease_ids and not slot.given_up:
+                return number
+        return None
