@@ -201,17 +201,18 @@ def _submission(
         spans.append(VersionSpan(PolicyVersion(version.epoch, version.step), span.num_tokens))
     task = message.task
     key = (task.environment, task.split, task.index, task.seed)
+    # By place, not by name, which would cost a microsecond more.
     return Submission(
-        payload=opened.sent.payload,
-        checksum=opened.sent.checksum,
-        trajectory_id=message.trajectory_id,
-        lease_id=message.lease_id,
-        versions=tuple(spans),
-        num_sampled=num_sampled,
-        reward=reward.value if reward.status == trajectory_pb2.REWARD_STATUS_VALID else math.nan,
-        task=tasks.get(key) or tasks.setdefault(key, Task(*key)),
-        observation_digest=message.observation_digest,
-        flaw=flaw or span_flaw(spans, num_sampled) or _reward_flaw(message, reward),
+        opened.sent.payload,
+        opened.sent.checksum,
+        message.trajectory_id,
+        message.lease_id,
+        tuple(spans),
+        num_sampled,
+        reward.value if reward.status == trajectory_pb2.REWARD_STATUS_VALID else math.nan,
+        tasks.get(key) or tasks.setdefault(key, Task(*key)),
+        message.observation_digest,
+        flaw or span_flaw(spans, num_sampled) or _reward_flaw(message, reward),
     )
 
 
