@@ -25,9 +25,9 @@ import uvloop
 from learner.config import BreakerConfig, FleetConfig, ScheduleConfig, WeightsConfig
 from learner.coordinator.actor_service import ActorService, Welcome
 from learner.coordinator.broadcasts import Broadcasts
-from learner.coordinator.collector import collect_rarely
 from learner.coordinator.core import Coordinator
 from learner.coordinator.ledger import Ledger
+from learner.coordinator.memory import keep_memory
 from learner.coordinator.publications import Publications
 from learner.coordinator.scheduler import Scheduler
 from learner.coordinator.tasks import TaskOrder, TaskSource
@@ -155,7 +155,7 @@ async def _coordinate(pipe: Connection, folder: Path, num_trajectories: int) -> 
     coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(
         ActorService(coordinator, Publications(weights), broadcasts, welcome), server
     )
-    collect_rarely()
+    keep_memory()
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(coordinator.tick_forever(), name="tick")
         tasks.create_task(coordinator.commit_ticks(), name="commit-ticks")

@@ -99,8 +99,13 @@ class Intake:
             except BaseException:
                 self._room.release()
                 raise
-            written.add_done_callback(lambda _: self._room.release())
+            written.add_done_callback(self._make_room)
             await decided.put(_Decided(written, answer))
+
+    def _make_room(self, written: asyncio.Future[None]) -> None:
+        self._room.release()
+        if not written.cancelled():
+            written.exception()  # of several that fail one is raised; asyncio would log the others as forgotten
 
     async def _acknowledge(self, decided: asyncio.Queue[_Decided | None], context: _Context) -> None:
         message = await decided.get()

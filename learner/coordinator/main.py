@@ -23,9 +23,9 @@ from learner.config import RunConfig
 from learner.coordinator.actor_service import ActorService, Welcome
 from learner.coordinator.ballast import Ballast
 from learner.coordinator.broadcasts import Broadcasts
-from learner.coordinator.collector import collect_rarely
 from learner.coordinator.core import STANDSTILL_SECONDS, Coordinator
 from learner.coordinator.ledger import Ledger, Recovered
+from learner.coordinator.memory import keep_memory
 from learner.coordinator.metrics import serve_metrics
 from learner.coordinator.operator_service import OperatorService
 from learner.coordinator.publications import Publications
@@ -154,7 +154,7 @@ async def _run(
         await server.start()
         if settings.metrics_bind:
             serve_metrics(settings.metrics_bind, coordinator, broadcasts, insecure=settings.insecure)
-        collect_rarely()
+        keep_memory()
         print(f"coordinator ready on {host}:{port}", flush=True)  # noqa: T201
         with Watchdog() as loop_watchdog, Watchdog() as ledger_watchdog:
             coordinator.watchdog = ledger_watchdog

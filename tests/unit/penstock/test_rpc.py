@@ -39,7 +39,7 @@ async def holding() -> AsyncIterator[tuple[Holding, str]]:
 
 async def until_open(holding: Holding, number: int) -> None:
     async with asyncio.timeout(10.0):
-        while len(holding.requests) < number:
+        while len(holding.requests) < number:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
