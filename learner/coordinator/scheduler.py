@@ -508,7 +508,11 @@ class Scheduler:
                 session.last_sequence,
                 verdict.state,
                 submission.task.environment,
-                *filled[1:],
+                filled.oldest_step,
+                filled.num_sampled,
+                filled.mixed,
+                filled.reward,
+                filled.observation_digest,
                 submission.payload if verdict is PENDING else None,
                 submission.checksum,
             )
