@@ -45,6 +45,8 @@ DIGEST = "benchmark"
 GROUP_SIZE = 16
 ITEMS_PER_MESSAGE = 32
 SUBMIT = "/penstock.v1.CoordinatorService/Submit"
+_FLEET = FleetConfig(suspect_seconds=60.0, dead_seconds=120.0)
+"""A thousand actors are one process here, whose heartbeats are late when the machine has other work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +137,7 @@ async def _coordinate(pipe: Connection, folder: Path, num_trajectories: int) -> 
     num_groups = -(-num_trajectories // GROUP_SIZE)
     scheduler = Scheduler(
         schedule=ScheduleConfig(num_steps=2, groups_per_step=num_groups, group_size=GROUP_SIZE),
-        fleet=FleetConfig(),
+        fleet=_FLEET,
         breaker=BreakerConfig(),
         sampling=Sampling(max_tokens=4096),
         tasks=TaskOrder([TaskSource(environment="words", num_tasks=0)], seed=0),
@@ -150,7 +152,7 @@ async def _coordinate(pipe: Connection, folder: Path, num_trajectories: int) -> 
     broadcasts = Broadcasts(
         coordinator, WeightsConfig(medium=WeightsMedium.PULL), host="127.0.0.1", device="cpu"
     )
-    welcome = Welcome("benchmark", (), weights_pb2.PolicyFiles(), FleetConfig(), None)
+    welcome = Welcome("benchmark", (), weights_pb2.PolicyFiles(), _FLEET, None)
     server = rpc.server(max_calls_per_connection=rpc.MAX_CALLS_PER_CONNECTION)
     coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(
         ActorService(coordinator, Publications(weights), broadcasts, welcome), server
