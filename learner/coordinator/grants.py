@@ -18,7 +18,8 @@ from learner.coordinator.outages import Outages
 from learner.coordinator.partials import MAX_BYTES_A_GRANT
 from learner.coordinator.records import GroupOpened, LeaseGranted
 from learner.coordinator.stragglers import Stragglers
-from learner.coordinator.tasks import TaskOrder, derive_seed
+from learner.coordinator.tasks import TaskOrder
+from penstock.seeds import derive_seed
 from penstock.trajectory import Lease, PolicyVersion, Sampling
 
 

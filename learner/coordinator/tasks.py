@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from penstock.errors import ConfigError
+from penstock.seeds import derive_seed
 from penstock.trajectory import Task
 
 TRAIN = "train"
@@ -63,12 +64,6 @@ class TaskOrder:
             return turn
         epoch, position = divmod(turn, source.num_tasks)
         return int(_permutation(self._seed, source.environment, epoch, source.num_tasks)[position])
-
-
-def derive_seed(*parts: int) -> int:
-    """Mixes integers into a seed in [1, 2**63)."""
-    state = np.random.SeedSequence([part & 0xFFFFFFFFFFFFFFFF for part in parts]).generate_state(1, np.uint64)
-    return int(state[0] >> np.uint64(1)) | 1
 
 
 @lru_cache(maxsize=64)

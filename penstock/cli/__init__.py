@@ -33,7 +33,7 @@ _COMMANDS = {
     "actor": _Command("actors.main:main", "generate for a learner"),
     "env": _Command("environments.main:main", "serve or check an environment"),
     "train": _Command("learner.offline.main:main", "train from files: sft, dpo, rm"),
-    "eval": _Command("actors.evaluate:main", "measure a policy on an environment"),
+    "eval": _Command("actors.evaluation.main:main", "measure policies on environments"),
     "export": _Command("learner.export:main", "write a checkpoint as a Hugging Face folder"),
     "ledger": _Command("penstock.cli.ledger:main", "inspect and verify a run's ledger"),
     "replay": _Command("learner.replay:main", "train again from a run's ledger, and compare every version"),
