@@ -151,6 +151,7 @@ async def _join(
         protocol=PROTOCOL,
         patience_seconds=settings.patience_seconds,
         held_leases=lambda: actor.held_leases() if actor else [],
+        installed=lambda: actor.installed if actor else None,
     )
     stack.push_async_callback(session.close)
     welcome = await session.join(connect_seconds=settings.connect_seconds)

@@ -1,7 +1,7 @@
 """One actor: one engine, many rollouts, one session with the learner.
 
 task        consumes            waits for                     woken by
-watch       directives          the learner                   a version, a revocation, a drain
+watch       directives          the learner                   a version, a hold, a revocation, a drain
 install     announced versions  an announcement               watch
 lease       free capacity       leases                        the learner, an install, a finished rollout
 rollout     one lease           engine and environment        their answers
@@ -34,13 +34,14 @@ from penstock.codec import (
     lease_from_wire,
     partial_to_wire,
     trajectory_item,
+    version_from_wire,
     version_to_wire,
 )
 from penstock.errors import EngineFault, EnvironmentFault, FaultKind, NoProgress, PeerLost, PenstockError
-from penstock.rpc import MAX_MESSAGE_BYTES, to_duration
+from penstock.rpc import MAX_MESSAGE_BYTES, to_duration, to_seconds
 from penstock.signals import Stop
 from penstock.tasks import task_group, unless_stopped
-from penstock.trajectory import Lease
+from penstock.trajectory import Lease, Pin, PolicyVersion, Trajectory
 from penstock.v1 import coordinator_pb2 as pb
 from penstock.waits import Waits, WaitSummary
 from penstock.watchdog import Watchdog, watch_loop
@@ -61,6 +62,10 @@ DRAIN_LIMIT_SECONDS = 60.0
 MAX_WAITS_TOLD = 8
 MAX_ITEM_BYTES = MAX_MESSAGE_BYTES - 64 * 1024
 """Beside it, a message holds a session's id and little else."""
+
+
+class PinLost(PenstockError):
+    """An evaluation's rollout cannot be of its version to the end. Nobody's fault: another actor plays it."""
 
 
 @dataclass(slots=True)
@@ -144,6 +149,7 @@ class Actor:
         self._engine_started = False
         # Some rollouts wait for their environment while others decode.
         self._capacity = engine.num_slots + max(engine.num_slots // 4, 1)
+        installer.may_install = self._may_install
 
     @property
     def num_rollouts(self) -> int:
@@ -156,6 +162,10 @@ class Actor:
         if not self._engine_started:
             return "starting the engine"
         return "fetching weights" if self.installer.installed is None else "generating"
+
+    @property
+    def installed(self) -> PolicyVersion | None:
+        return None if self.installer.installed is None else self.installer.installed[0]
 
     def held_leases(self) -> list[str]:
         return [*self._running, *self.uplink.held_leases()]
@@ -202,7 +212,17 @@ class Actor:
         while not self._stop.is_set():
             change = self.installer.installed_event
             free = self._capacity - len(self._running)
-            if self.installer.installed is None:
+            if self.installer.turns_back and self._running:
+                self._room.clear()
+                with self.waits.on(
+                    "its rollouts to end, to evaluate an older version",
+                    owner="this actor",
+                    limit_seconds=self.installer.hold_seconds,
+                ):
+                    await self._wait(self._room, LEASE_WAIT_SECONDS)
+            elif self.installer.turns_back:
+                await self._wait(change, LEASE_WAIT_SECONDS)
+            elif self.installer.installed is None:
                 with self.waits.on("weights", owner="the learner", limit_seconds=LEASE_WAIT_SECONDS):
                     await self._wait(change, LEASE_WAIT_SECONDS)
             elif free <= 0:
@@ -246,6 +266,14 @@ class Actor:
 
     # -- rollouts -----------------------------------------------------------------------
 
+    def _may_install(self, version: PolicyVersion) -> bool:
+        """Pinned rollouts keep their version to their end; no rollout goes back to an older one."""
+        installed = self.installer.installed
+        if installed is not None and version < installed[0] and self._running:
+            return False
+        pins = (running.lease.pin for running in self._running.values())
+        return all(pin is None or pin.version == version for pin in pins)
+
     def _start(self, tasks: asyncio.TaskGroup, lease: Lease) -> None:
         progress = Progress()
         task = tasks.create_task(self._play(lease, progress), name=f"rollout {lease.lease_id}")
@@ -260,10 +288,13 @@ class Actor:
                 raise EnvironmentFault(
                     f"the learner named no address for environment {lease.task.environment!r}"
                 )
-            session_id = f"{self._run_id}.{lease.group_id}.{lease.slot}"
+            session_id = f"{self._run_id}.{'e' if lease.pin else ''}{lease.group_id}.{lease.slot}"
             if lease.rival:
                 session_id += f".{lease.attempt}"
-            trajectory = await player.play(lease, session_id, progress)
+            if lease.pin is None:
+                trajectory = await player.play(lease, session_id, progress)
+            else:
+                trajectory = await self._play_pinned(lease.pin, player, lease, session_id, progress)
             item = _checked(trajectory_item(trajectory))
             self.counts["finished"] += 1
         except asyncio.CancelledError:
@@ -271,17 +302,16 @@ class Actor:
             if not (running.revoked or self._stop.is_set()):
                 raise
             item.release.CopyFrom(self._release(lease, pb.RELEASE_REASON_DRAINING, "the actor drains"))
-            if progress.partial is not None and not running.revoked:
-                payload = partial_to_wire(progress.partial).SerializeToString()
-                if len(payload) < MAX_ITEM_BYTES:
-                    self.counts["handed_over"] += 1
-                    item.release.partial, item.checksum = payload, checksum(payload)
+            if lease.pin is None and not running.revoked:
+                self._hand_over(item, progress)
         except EnvironmentFault as fault:
             is_data = fault.kind is FaultKind.DATA
             reason = pb.RELEASE_REASON_DATA if is_data else pb.RELEASE_REASON_INFRASTRUCTURE
             item.release.CopyFrom(self._release(lease, reason, str(fault)))
         except EngineFault as fault:
             item.release.CopyFrom(self._release(lease, pb.RELEASE_REASON_ENGINE, str(fault)))
+        except PinLost as lost:
+            item.release.CopyFrom(self._release(lease, pb.RELEASE_REASON_DRAINING, str(lost)))
         try:
             with self.waits.on(
                 "room in the spool", owner="the learner", limit_seconds=self.session.patience_seconds
@@ -294,6 +324,36 @@ class Actor:
             # Also when the lease is revoked while the spool is full.
             del self._running[lease.lease_id]
             self._room.set()
+            self.installer.look()
+
+    def _hand_over(self, item: pb.SubmitItem, progress: Progress) -> None:
+        """Adds to a release what another actor may go on from."""
+        payload = b"" if progress.partial is None else partial_to_wire(progress.partial).SerializeToString()
+        if payload and len(payload) < MAX_ITEM_BYTES:
+            self.counts["handed_over"] += 1
+            item.release.partial, item.checksum = payload, checksum(payload)
+
+    async def _play_pinned(
+        self, pin: Pin, player: Player, lease: Lease, session_id: str, progress: Progress
+    ) -> Trajectory:
+        """For an evaluation. Raises PinLost, EnvironmentFault, EngineFault."""
+        try:
+            async with asyncio.timeout(pin.limit_seconds):
+                # Else it would be granted and given back again and again while the engine prepares a switch.
+                await self.installer.settled()
+                if not self.installer.generates(pin.version):
+                    raise PinLost(
+                        f"the actor went on from version {pin.version} while the lease was on its way"
+                    )
+                trajectory = await player.play(lease, session_id, progress)
+        except TimeoutError:
+            raise PinLost(f"the evaluation was over after {pin.limit_seconds:.0f} s") from None
+        if any(span.version != pin.version for span in trajectory.versions):
+            raise EngineFault(
+                f"the engine sampled versions {', '.join(str(s.version) for s in trajectory.versions)} while "
+                f"{pin.version} was held"
+            )
+        return trajectory
 
     def _release(self, lease: Lease, reason: pb.ReleaseReason.ValueType, message: str) -> pb.Release:
         name = pb.ReleaseReason.Name(reason).removeprefix("RELEASE_REASON_").lower()
@@ -329,9 +389,18 @@ class Actor:
             case "group":
                 if self._groups is not None:
                     self._groups.invite(invitation_from_wire(directive.group))
+            case "hold":
+                self._hold(directive.hold)
             case "drain":
                 _log.info("the learner asks to drain: %s", directive.drain.reason)
                 self._stop.set(directive.drain.reason)
+
+    def _hold(self, hold: pb.Hold) -> None:
+        if not hold.HasField("version"):
+            self.installer.let_go()
+            return
+        manifest = hold.manifest if hold.HasField("manifest") else None
+        self.installer.hold(version_from_wire(hold.version), manifest, seconds=to_seconds(hold.limit))
 
     def _revoke(self, revoke: pb.RevokeLeases) -> None:
         for lease_id in revoke.lease_ids:
@@ -344,13 +413,19 @@ class Actor:
         """At its interval, and sooner if there is much to tell of a long rollout."""
         due_at = 0.0
         while True:
-            if time.monotonic() >= due_at or self._streamer.is_due(self._progress()):
+            if time.monotonic() >= due_at or self._streamer.is_due(self._streamed()):
                 await self.session.call(self._beat)
                 due_at = time.monotonic() + self._heartbeat_seconds
             await asyncio.sleep(min(_PIECE_SECONDS, max(due_at - time.monotonic(), 0.01)))
 
     def _progress(self) -> dict[str, Progress]:
         return {lease_id: running.progress for lease_id, running in self._running.items()}
+
+    def _streamed(self) -> dict[str, Progress]:
+        """Those that another actor could go on from; an evaluation's begin anew."""
+        return {
+            name: running.progress for name, running in self._running.items() if running.lease.pin is None
+        }
 
     async def _beat(self, session_id: str) -> None:
         installed = self.installer.installed
@@ -392,7 +467,7 @@ class Actor:
                     )
                     for name, player in self._players.items()
                 ],
-                pieces=self._streamer.pieces(rollouts),
+                pieces=self._streamer.pieces(self._streamed()),
                 weights=pb.WeightsUse(
                     medium=self.installer.came_over, num_versions=self.installer.num_fetched
                 ),

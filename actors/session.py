@@ -12,8 +12,10 @@ from typing import TypeVar
 import grpc
 
 from penstock import rpc
+from penstock.codec import version_to_wire
 from penstock.errors import ConfigError, PeerLost, PenstockError, ProtocolError, SessionFenced, Stopped
 from penstock.signals import Stop
+from penstock.trajectory import PolicyVersion
 from penstock.v1 import coordinator_pb2 as pb
 from penstock.v1 import coordinator_pb2_grpc, weights_pb2, weights_pb2_grpc
 from penstock.weights.manifest import WeightsMedium
@@ -66,6 +68,7 @@ class Session:
         protocol: int,
         patience_seconds: float,
         held_leases: Callable[[], Sequence[str]],
+        installed: Callable[[], PolicyVersion | None] = lambda: None,
     ) -> None:
         self.address = address
         self.channel = rpc.channel(address)
@@ -76,6 +79,7 @@ class Session:
         self._protocol = protocol
         self.patience_seconds = patience_seconds
         self._held_leases = held_leases
+        self._installed = installed
         self._joining = asyncio.Lock()
 
     async def join(self, *, connect_seconds: float) -> pb.JoinResponse:
@@ -167,7 +171,7 @@ class Session:
             raise Stopped(f"stopped while waiting for the learner at {self.address}")
 
     def _join_request(self) -> pb.JoinRequest:
-        identity = self._identity
+        identity, installed = self._identity, self._installed()
         return pb.JoinRequest(
             actor_id=identity.actor_id,
             protocol=self._protocol,
@@ -179,6 +183,7 @@ class Session:
             device=identity.device,
             weights_medium=identity.weights_medium,
             lease_ids=self._held_leases(),
+            installed=None if installed is None else version_to_wire(installed),
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from learner.algorithms.recipe import Recipe
+from learner.coordinator.evaluation.config import EvaluationConfig
 from learner.training.algorithm_config import AlgorithmConfig
 from learner.training.config import TrainingConfig
 from penstock.errors import ConfigError
@@ -245,6 +246,7 @@ class RunConfig:
     breaker: BreakerConfig = field(default_factory=BreakerConfig)
     ledger: LedgerConfig = field(default_factory=LedgerConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from penstock.trajectory import (
     InstallMode,
     Lease,
     Partial,
+    Pin,
     PolicyVersion,
     Reward,
     RewardStatus,
@@ -147,6 +148,7 @@ def lease_to_wire(lease: Lease) -> coordinator_pb2.Lease:
         sampling=sampling_to_wire(lease.sampling),
         progress_timeout=to_duration(lease.progress_timeout_seconds),
         rival=lease.rival,
+        pin=None if lease.pin is None else _pin_to_wire(lease.pin),
     )
 
 
@@ -162,7 +164,16 @@ def lease_from_wire(message: coordinator_pb2.Lease) -> Lease:
         rival=message.rival,
         continues=bool(message.partial),
         partial=_partial_of(message),
+        pin=_pin_from_wire(message.pin) if message.HasField("pin") else None,
     )
+
+
+def _pin_to_wire(pin: Pin) -> coordinator_pb2.Pin:
+    return coordinator_pb2.Pin(version=version_to_wire(pin.version), limit=to_duration(pin.limit_seconds))
+
+
+def _pin_from_wire(message: coordinator_pb2.Pin) -> Pin:
+    return Pin(version_from_wire(message.version), to_seconds(message.limit))
 
 
 def _partial_of(message: coordinator_pb2.Lease) -> Partial | None:

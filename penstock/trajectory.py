@@ -137,6 +137,14 @@ class Partial:
     environment_seconds: float = 0.0
 
 
+class Pin(NamedTuple):
+    """An evaluation's: every token of the rollout must be of this version."""
+
+    version: PolicyVersion
+    limit_seconds: float
+    """From the grant on; after that the evaluation is over."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
     """The right, and the duty, to fill one slot of a group."""
@@ -156,6 +164,8 @@ class Lease:
     """Another actor played a part of it before it left."""
     partial: Partial | None = None
     """That part, where it is needed: on the actor."""
+    pin: Pin | None = None
+    """Set in a lease of an evaluation, which `group_id` then numbers: its trajectory never trains."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

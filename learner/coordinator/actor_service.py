@@ -22,7 +22,7 @@ from penstock import PROTOCOL
 from penstock.codec import install_mode_to_wire, lease_to_wire, version_from_wire, version_to_wire
 from penstock.errors import ProtocolError
 from penstock.rpc import to_duration, to_seconds
-from penstock.trajectory import Lease
+from penstock.trajectory import Lease, PolicyVersion
 from penstock.v1 import coordinator_pb2 as pb
 from penstock.v1 import coordinator_pb2_grpc, weights_pb2
 from penstock.waits import WaitSummary
@@ -81,7 +81,6 @@ class ActorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self._scheduler = coordinator.scheduler
         self._publications = publications
         self._welcome = welcome
-        self._names = {endpoint.name for endpoint in welcome.environments}
         self._intake = Intake(coordinator, welcome.credits)
 
     async def Join(  # noqa: N802
@@ -100,7 +99,10 @@ class ActorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 weights_medium=WeightsMedium(request.weights_medium or WeightsMedium.PULL),
             )
             session_id = uuid.uuid4().hex
-            self._scheduler.join(session_id, info, request.lease_ids, self._coordinator.clock())
+            installed = version_from_wire(request.installed) if request.HasField("installed") else None
+            self._scheduler.join(
+                session_id, info, request.lease_ids, self._coordinator.clock(), installed=installed
+            )
             await self._coordinator.commit()
             return self._welcome.to(session_id)
 
@@ -109,9 +111,14 @@ class ActorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
     ) -> AsyncIterator[pb.WatchResponse]:
         async with refusals(context):
             session = self._scheduler.fleet.require(request.session_id, self._coordinator.clock())
-            sent, invited = None, ""
+            sent, invited, held, is_told = None, "", None, False
             while not self._coordinator.stop.is_set():
                 change = self._coordinator.news.next()
+                hold = self._scheduler.evaluations.held_by(request.session_id)
+                if hold != held or not is_told:
+                    # Before the version that would make it go on.
+                    held, is_told = hold, True
+                    yield pb.WatchResponse(hold=self._hold(hold))
                 manifest = self._publications.newest
                 if manifest is not None and manifest is not sent:
                     sent = manifest
@@ -130,11 +137,21 @@ class ActorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
                     return
                 await wait_until(change, self._coordinator.clock() + 10.0)
 
+    def _hold(self, version: PolicyVersion | None) -> pb.Hold:
+        if version is None:
+            return pb.Hold()
+        manifest = self._publications.get(version)
+        if manifest is not None and version != self._scheduler.version:
+            manifest = _without_broadcasts(manifest)
+        left = self._scheduler.evaluations.seconds_left(self._coordinator.clock())
+        return pb.Hold(version=version_to_wire(version), manifest=manifest, limit=to_duration(left))
+
     async def Heartbeat(  # noqa: N802
         self, request: pb.HeartbeatRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.HeartbeatResponse:
         async with refusals(context):
             installed = version_from_wire(request.installed) if request.HasField("installed") else None
+            trained = self._scheduler.outages.environments
             self._scheduler.heartbeat(
                 request.session_id,
                 installed=installed,
@@ -143,7 +160,7 @@ class ActorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 now=self._coordinator.clock(),
                 waits=[_wait(wait) for wait in request.waits[:MAX_WAITS]],
                 num_unacknowledged=request.num_unacknowledged,
-                uses=[_use(use) for use in request.environments if use.name in self._names],
+                uses=[_use(use) for use in request.environments if use.name in trained],
                 weights=_weights(request.weights),
             )
             newest = self._scheduler.version
@@ -211,6 +228,16 @@ class ActorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
             self._scheduler.leave(request.session_id, request.reason, self._coordinator.clock())
             await self._coordinator.commit()
             return pb.LeaveResponse()
+
+
+def _without_broadcasts(manifest: weights_pb2.WeightManifest) -> weights_pb2.WeightManifest:
+    """Of a version that was broadcast before: it does not come that way again."""
+    pulled = weights_pb2.WeightManifest()
+    pulled.CopyFrom(manifest)
+    media = [medium for medium in manifest.media if not medium.HasField("collective")]
+    del pulled.media[:]
+    pulled.media.extend(media)
+    return pulled
 
 
 def _check_join(request: pb.JoinRequest) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import apsw
 
 from learner.coordinator import database, segments, tables
+from learner.coordinator.evaluation.audit import evaluations
 from learner.coordinator.ledger import Totals, read_totals
 from penstock.errors import LedgerError
 
@@ -321,5 +322,6 @@ INVARIANTS: dict[str, tuple[str, Check]] = {
     "I7": ("trained lag is within max_lag", _lags),
     "I9": ("epochs and versions follow one another", _monotone),
     "I10": ("counters equal the rows", _tallies),
+    "I11": ("an evaluation is of one version, with one answer a slot", evaluations),
 }
 """By name: what holds, and the check."""

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from learner.config import DiskConfig
 from learner.coordinator.decisions import Revocation
 from learner.coordinator.disk import DiskGuard, Reading, Room
+from learner.coordinator.evaluation.log import EvaluationLog
+from learner.coordinator.evaluation.records import EvaluationAnswered, EvaluationLeaseGranted
 from learner.coordinator.explain import TrainerWait, why
 from learner.coordinator.ledger import Ledger, Totals
 from learner.coordinator.records import (
@@ -106,6 +108,7 @@ class Coordinator:
         """Ends the process should a commit never end."""
         self._vigil = Vigil(seconds=NO_PROGRESS_SECONDS)
         self._revocations: defaultdict[str, list[Revocation]] = defaultdict(list)
+        self._evaluation_log = EvaluationLog(ledger.path.parent)
 
     async def commit(self) -> None:
         """Returns once all that was decided so far is on disk. Raises LedgerError."""
@@ -175,7 +178,8 @@ class Coordinator:
     def _keep_vigil(self) -> None:
         waiting = self.trainer is not None and self.trainer.waiting is not None
         waiting = waiting and not (self.scheduler.finished or self.scheduler.paused)
-        if self._vigil.is_news(waiting=waiting, num_moves=self.scheduler.num_filled, now=self.clock()):
+        num_moves = self.scheduler.num_filled + self.scheduler.evaluations.num_answered
+        if self._vigil.is_news(waiting=waiting, num_moves=num_moves, now=self.clock()):
             self.scheduler.note_event("no_progress", "; ".join(self.why()[:4]))
 
     async def commit_ticks(self) -> None:
@@ -189,10 +193,17 @@ class Coordinator:
             self._look_at_disk()
             if self.watchdog is not None:
                 self.watchdog.arm("a commit of the ledger", STANDSTILL_SECONDS)
-            await self.begin_commit(all_is_news=True)
+            await self._commit_tick()
             if self.watchdog is not None:
                 self.watchdog.disarm()
             await self.refresh_totals()
+        await self._commit_tick()
+
+    async def _commit_tick(self) -> None:
+        ended = self.scheduler.evaluations.take_ended()
+        await self.begin_commit(all_is_news=True)
+        if ended:
+            await asyncio.to_thread(self._evaluation_log.append, ended)
 
     def _look_at_disk(self) -> None:
         usage = shutil.disk_usage(self.ledger.path.parent)
@@ -206,4 +217,9 @@ def _is_news(record: Record) -> bool:
     return type(record) not in _ORDINARY
 
 
-_ORDINARY = frozenset({SequenceAdvanced, LeaseGranted, GroupOpened, ItemsRefused, SessionOpened, EventLogged})
+_ORDINARY = frozenset(
+    {
+        *(SequenceAdvanced, LeaseGranted, GroupOpened, ItemsRefused, SessionOpened, EventLogged),
+        *(EvaluationLeaseGranted, EvaluationAnswered),
+    }
+)

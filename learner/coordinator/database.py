@@ -26,7 +26,7 @@ from penstock.errors import ConfigError, LedgerError
 
 _log = logging.getLogger(__name__)
 
-FORMAT = "4"
+FORMAT = "5"
 # Rows hold payloads of several KiB: large pages commit 2.5 times as many a second.
 _PAGE_BYTES = 65536
 _CHECKSUM_BYTES = 8

@@ -17,9 +17,13 @@ from penstock.errors import FaultKind
 class History(Protocol):
     """What the scheduler asks of the ledger, about groups that it holds no more."""
 
-    def trajectory_ids(self) -> Iterable[str]: ...
+    def trajectory_ids(self) -> Iterable[str]:
+        """Those of evaluations included."""
+        ...
 
     def was_granted(self, group_id: int, slot: int, attempt: int) -> bool: ...
+
+    def was_evaluation_granted(self, number: int, slot: int, attempt: int) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)

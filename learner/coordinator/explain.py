@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -30,6 +30,7 @@ def why(scheduler: Scheduler, trainer: TrainerWait | None, now: float) -> list[s
     lines = list(_learner(scheduler, trainer, now))
     if trainer is not None and trainer.waiting is not None and not scheduler.finished:
         lines += _groups(scheduler, trainer.waiting.groups, now)
+    lines += _evaluation(scheduler, now)
     lines += _actors(scheduler, now)
     lines += _environments(scheduler, now)
     return lines
@@ -73,6 +74,29 @@ def _groups(scheduler: Scheduler, groups: Iterable[Group], now: float) -> Iterat
         yield f"{unleased} slots are free: they wait for an actor with room"
 
 
+def _evaluation(scheduler: Scheduler, now: float) -> Iterator[str]:
+    """What an open evaluation waits for."""
+    evaluations = scheduler.evaluations
+    evaluation = evaluations.open
+    if evaluation is None:
+        return
+    missing = sum(not slot.is_settled for slot in evaluation.slots)
+    leased = Counter(
+        session.info.actor_id if session else "an actor that has not joined again"
+        for session in (scheduler.fleet.find(lease.session_id) for lease in evaluations.leases)
+    )
+    parts = [f"{count} are with {name}" for name, count in leased.most_common()]
+    if evaluation.num_free:
+        num_holders = len(evaluations.holders)
+        who = f"one of the {num_holders} actors that hold it" if num_holders else "an actor that installs it"
+        parts.append(f"{evaluation.num_free} are free, and wait for room on {who}")
+    yield (
+        f"the evaluation of version {evaluation.version} waits since {now - evaluation.opened_at:.1f} s for "
+        f"{missing} of {evaluation.num_slots} answers: {'; '.join(parts) or 'their results are on the way'}; it "
+        f"ends with what is there in {evaluations.seconds_left(now):.0f} s"
+    )
+
+
 def _actors(scheduler: Scheduler, now: float) -> Iterator[str]:
     sessions = scheduler.fleet.sessions()
     if not sessions and not scheduler.finished:
@@ -103,7 +127,8 @@ def _actor(scheduler: Scheduler, session: Session, now: float) -> Iterator[str]:
         yield f"{name} is silent for {silent:.1f} s; its leases are granted again in {left:.0f} s"
     elif state is ActorState.INSTALLING:
         yield f"{name} has not installed a version yet"
-    if session.refusal and not scheduler.leases.of_session(session.session_id):
+    leases = (scheduler.leases, scheduler.evaluations.leases)
+    if session.refusal and not any(table.of_session(session.session_id) for table in leases):
         yield f"{name} asks for work and gets none: {session.refusal}"
     if session.num_unacknowledged >= scheduler.fleet.credit_trajectories:
         yield (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -60,8 +60,10 @@ class RolloutReport(NamedTuple):
 class LeaseTable:
     """Leases that are live. A lease is extended by progress, never by a heartbeat alone."""
 
-    def __init__(self, *, progress_timeout: float) -> None:
+    def __init__(self, *, progress_timeout: float, name: Callable[[int, int, int], str] = lease_name) -> None:
+        """name: what the lease of a group, slot and attempt is called on the wire."""
         self._progress_timeout = progress_timeout
+        self._name = name
         self._leases: dict[str, LiveLease] = {}
         self._by_session: defaultdict[str, set[str]] = defaultdict(set)
 
@@ -79,7 +81,7 @@ class LeaseTable:
         return [self._leases[lease_id] for lease_id in sorted(self._by_session.get(session_id, ()))]
 
     def grant(self, *, group_id: int, slot: int, attempt: int, session_id: str, now: float) -> LiveLease:
-        lease_id = lease_name(group_id, slot, attempt)
+        lease_id = self._name(group_id, slot, attempt)
         lease = LiveLease(
             lease_id=lease_id,
             group_id=group_id,

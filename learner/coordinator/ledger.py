@@ -22,6 +22,8 @@ from typing import Any
 import apsw
 
 from learner.coordinator import database, segments, tables
+from learner.coordinator.evaluation import history as evaluation_history
+from learner.coordinator.evaluation.history import RecoveredEvaluations
 from learner.coordinator.groups import Filled, Group, HandedOver, LeaseOutcome, Slot
 from learner.coordinator.records import Record, TrajectoryState
 from learner.coordinator.segments import SegmentWriter
@@ -75,6 +77,7 @@ class Recovered:
     finished: bool
     newest: PublishedVersion | None
     """The newest of the newest lineage."""
+    evaluations: RecoveredEvaluations = field(default_factory=RecoveredEvaluations)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +191,7 @@ class Ledger:
             versions={PolicyVersion(epoch, step): digest for epoch, step, digest in versions},
             finished="finished" in meta,
             newest=self._newest_version(epoch),
+            evaluations=evaluation_history.recover(self._rows),
         )
 
     def _newest_version(self, epoch: int) -> PublishedVersion | None:
@@ -280,9 +284,10 @@ class Ledger:
         return (rows[0][0], tables.unsigned(rows[0][1])) if rows else None
 
     def trajectory_ids(self) -> Iterator[str]:
-        """Of every trajectory ever stored."""
+        """Of every trajectory ever stored, and of every answer to an evaluation."""
+        sql = "SELECT trajectory_id FROM trajectories UNION ALL SELECT trajectory_id FROM evaluation_answers"
         try:
-            for (name,) in self._reader.execute("SELECT trajectory_id FROM trajectories"):
+            for (name,) in self._reader.execute(sql):
                 yield name
         except apsw.Error as error:
             raise self._fatal(f"{self.path}: cannot be read: {database.explain(error)}") from error
@@ -291,6 +296,9 @@ class Ledger:
         """Whether there ever was such a lease."""
         sql = "SELECT 1 FROM leases WHERE (group_id, slot, attempt) = (?, ?, ?)"
         return bool(self._rows(sql, (group_id, slot, attempt)))
+
+    def was_evaluation_granted(self, number: int, slot: int, attempt: int) -> bool:
+        return evaluation_history.was_granted(self._rows, number, slot, attempt)
 
     def events_after(self, sequence: int, limit: int = 1000) -> list[tuple[int, float, str, str]]:
         return self._rows(

@@ -119,3 +119,50 @@ CREATE TABLE events (
     kind TEXT NOT NULL,
     message TEXT NOT NULL
 );
+
+-- Evaluations: answers that never train, and are no trajectories of the tables above.
+CREATE TABLE evaluations (
+    number INTEGER PRIMARY KEY,
+    epoch INTEGER NOT NULL,                    -- with step, the one version that every token must be of
+    step INTEGER NOT NULL,
+    digest TEXT NOT NULL,
+    num_slots INTEGER NOT NULL,
+    plan TEXT NOT NULL,                        -- JSON: what is asked
+    time REAL NOT NULL,
+    state TEXT NOT NULL DEFAULT 'open',        -- open, complete, deadline, void
+    reason TEXT,
+    result TEXT                                -- JSON, once it is complete or at its deadline
+);
+
+CREATE TABLE evaluation_leases (
+    number INTEGER NOT NULL,
+    slot INTEGER NOT NULL,
+    attempt INTEGER NOT NULL,
+    session_id TEXT NOT NULL,
+    outcome TEXT,                              -- null while live
+    message TEXT,
+    PRIMARY KEY (number, slot, attempt)
+) WITHOUT ROWID;
+
+CREATE TABLE evaluation_answers (
+    trajectory_id TEXT PRIMARY KEY,
+    number INTEGER NOT NULL,
+    slot INTEGER NOT NULL,
+    attempt INTEGER NOT NULL,
+    session_id TEXT NOT NULL,
+    sequence INTEGER NOT NULL,
+    state TEXT NOT NULL,                       -- counted: one a slot at most; surplus
+    environment TEXT NOT NULL,
+    task_index INTEGER NOT NULL,
+    versions TEXT NOT NULL,                    -- JSON: [[epoch, step, tokens], ...] as its tokens were labelled
+    num_sampled INTEGER NOT NULL,
+    reward REAL NOT NULL,
+    truncated INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX evaluation_answers_by_slot ON evaluation_answers (number, slot);
+
+-- An answer ends the lease that it came under, unless that had ended.
+CREATE TRIGGER answered AFTER INSERT ON evaluation_answers BEGIN
+    UPDATE evaluation_leases SET outcome = 'filled'
+    WHERE number = new.number AND slot = new.slot AND attempt = new.attempt AND outcome IS NULL;
+END;

@@ -24,6 +24,8 @@ from learner.coordinator.actor_service import ActorService, Welcome
 from learner.coordinator.ballast import Ballast
 from learner.coordinator.broadcasts import Broadcasts
 from learner.coordinator.core import STANDSTILL_SECONDS, Coordinator
+from learner.coordinator.evaluation.log import EvaluationLog
+from learner.coordinator.evaluation.plan import EVAL, EvaluationSource, Plan
 from learner.coordinator.ledger import Ledger, Recovered
 from learner.coordinator.memory import keep_memory
 from learner.coordinator.metrics import serve_metrics
@@ -69,7 +71,9 @@ SERVICES = tuple(
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Environments:
     endpoints: tuple[coordinator_pb2.EnvironmentEndpoint, ...]
+    """Of training and of evaluations."""
     sources: tuple[TaskSource, ...]
+    evaluated: tuple[EvaluationSource, ...]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -86,7 +90,7 @@ async def _serve(settings: RunConfig) -> None:
     stop = Stop()
     stop.on_signals()
     policy = read_policy_folder(settings.policy)
-    environments = await _describe(settings.environments, stop)
+    environments = await _describe(settings, stop)
     failures: list[LedgerError] = []
     loop = asyncio.get_running_loop()
 
@@ -124,12 +128,15 @@ async def _run(
     weights_server = ZeromqServer(f"tcp://{host}:0")
     broadcasts = Broadcasts(coordinator, settings.weights, host=host, device=settings.training.device)
     publications = Publications(weights_server, broadcasts.offer)
+    scheduler.evaluations.is_held = lambda version: publications.get(version) is not None
+    EvaluationLog(settings.run_dir).restore(found.evaluations.results)
     _resume(coordinator, publications, found)
     server = rpc.server(max_calls_per_connection=rpc.MAX_CALLS_PER_CONNECTION)
     welcome = Welcome(
         found.run_id, environments.endpoints, policy.listing(), settings.fleet, settings.truncation_reward
     )
-    addresses = {endpoint.name: endpoint.address for endpoint in environments.endpoints}
+    trained = {source.environment for source in environments.sources}
+    addresses = {e.name: e.address for e in environments.endpoints if e.name in trained}
     coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(
         ActorService(coordinator, publications, broadcasts, welcome), server
     )
@@ -182,6 +189,16 @@ def _sieve(settings: RunConfig) -> Sieve | None:
     return Sieve(max_dropped=recipe.max_refills * settings.schedule.groups_per_step)
 
 
+def _plan(settings: RunConfig, sources: Sequence[EvaluationSource]) -> Plan:
+    evaluation = settings.evaluation
+    return Plan(
+        sources,
+        samples=evaluation.samples_per_prompt,
+        seed=evaluation.seed,
+        sampling=evaluation.sampling(settings.sampling.max_tokens),
+    )
+
+
 def _restore(
     settings: RunConfig, policy: PolicyFolder, environments: _Environments, ledger: Ledger, found: Recovered
 ) -> Scheduler:
@@ -193,10 +210,12 @@ def _restore(
         tasks=TaskOrder(environments.sources, seed=settings.seed),
         limits=Limits(
             vocab_size=policy.vocab_size,
-            max_sampled_tokens=settings.sampling.max_tokens,
+            max_sampled_tokens=max(settings.sampling.max_tokens, settings.evaluation.max_tokens),
             max_context=policy.max_context,
         ),
         sieve=_sieve(settings),
+        evaluation=settings.evaluation,
+        plan=_plan(settings, environments.evaluated),
         history=ledger,
     )
     scheduler.restore(
@@ -210,6 +229,7 @@ def _restore(
         versions=found.versions,
         now=time.monotonic(),
     )
+    scheduler.evaluations.restore(found.evaluations, time.monotonic())
     if found.next_group_id:
         _log.info(
             "run %s goes on: %d groups open, epoch %d", found.run_id, len(found.open_groups), found.epoch
@@ -231,33 +251,60 @@ def _resume(coordinator: Coordinator, publications: Publications, found: Recover
         return
     publications.publish(manifest)
     coordinator.scheduler.lineage.resume(found.newest.version)
+    coordinator.scheduler.evaluations.resume(found.newest.version, manifest.digest, coordinator.clock())
     coordinator.step_metrics = json.loads(found.newest.metrics)
     _log.info("the trainer lives: going on from version %s", found.newest.version)
 
 
-async def _describe(addresses: Sequence[str], stop: Stop) -> _Environments:
+async def _describe(settings: RunConfig, stop: Stop) -> _Environments:
     """Asks every environment what it is. Raises ConfigError if one does not answer in time."""
-    endpoints: list[coordinator_pb2.EnvironmentEndpoint] = []
-    sources: list[TaskSource] = []
-    for address in addresses:
+    evaluated = settings.evaluation.environments or settings.environments
+    if not settings.evaluation.every_steps:
+        evaluated = ()
+    described: dict[str, Description] = {}
+    for address in dict.fromkeys((*settings.environments, *evaluated)):
         async with EnvironmentClient(address) as client:
             description = await _patiently(client, address, stop)
-        if description.name in {endpoint.name for endpoint in endpoints}:
+        if description.name in {known.name for known in described.values()}:
             raise ConfigError(
                 f"environment {description.name!r} is served at two addresses; expected distinct names"
             )
-        if TRAIN not in description.splits:
-            raise ConfigError(f"environment {description.name!r} at {address} has no split {TRAIN!r}")
-        endpoints.append(
-            coordinator_pb2.EnvironmentEndpoint(
-                name=description.name,
-                address=address,
-                version=description.version,
-                digest=description.digest,
-            )
+        described[address] = description
+    for address in settings.environments:
+        if TRAIN not in described[address].splits:
+            raise ConfigError(f"environment {described[address].name!r} at {address} has no split {TRAIN!r}")
+    endpoints = [
+        coordinator_pb2.EnvironmentEndpoint(
+            name=description.name,
+            address=address,
+            version=description.version,
+            digest=description.digest,
         )
-        sources.append(TaskSource(environment=description.name, num_tasks=description.splits[TRAIN]))
-    return _Environments(tuple(endpoints), tuple(sources))
+        for address, description in described.items()
+    ]
+    sources = [
+        TaskSource(environment=found.name, num_tasks=found.splits[TRAIN])
+        for found in (described[address] for address in settings.environments)
+    ]
+    num_prompts = settings.evaluation.num_prompts
+    return _Environments(
+        tuple(endpoints),
+        tuple(sources),
+        tuple(_evaluated(address, described[address], num_prompts) for address in evaluated),
+    )
+
+
+def _evaluated(address: str, description: Description, num_prompts: int) -> EvaluationSource:
+    """Raises ConfigError."""
+    if EVAL not in description.splits:
+        raise ConfigError(
+            f"environment {description.name!r} at {address} has no split {EVAL!r}, so it cannot be evaluated on: "
+            "name in evaluation.environments those that have one"
+        )
+    num_tasks = description.splits[EVAL] or num_prompts
+    if num_tasks < num_prompts:
+        _log.info("environment %s has %d evaluation tasks; all are played", description.name, num_tasks)
+    return EvaluationSource(environment=description.name, num_prompts=min(num_prompts, num_tasks))
 
 
 async def _patiently(client: EnvironmentClient, address: str, stop: Stop) -> Description:

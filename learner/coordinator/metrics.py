@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from learner.coordinator.breaker import BreakerState
 from learner.coordinator.broadcasts import Broadcasts
 from learner.coordinator.core import Coordinator
+from learner.coordinator.evaluation.status import evaluation_metrics
 from learner.coordinator.refusals import refused
 from penstock.errors import ConfigError, FaultKind
 from penstock.rpc import is_loopback, split_address
@@ -66,6 +67,7 @@ class _RunCollector(Collector):
         yield calls
         yield from self._environments()
         yield from self._broadcasts()
+        yield from evaluation_metrics(coordinator.scheduler.evaluations)
         step = GaugeMetricFamily("penstock_step", "What the newest step measured.", labels=["measure"])
         for name, value in coordinator.step_metrics.items():
             step.add_metric([name], value)

@@ -12,6 +12,7 @@ from learner.config import ScheduleConfig
 from learner.coordinator.breaker import BreakerState
 from learner.coordinator.broadcasts import Broadcasts
 from learner.coordinator.core import Coordinator, wait_until
+from learner.coordinator.evaluation.status import evaluation_to_wire
 from learner.coordinator.fleet import Session
 from learner.coordinator.ledger import Totals
 from learner.coordinator.records import TrajectoryState
@@ -65,6 +66,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
                 num_continued=scheduler.grants.num_continued,
                 num_groups_ready=sum(group.is_ready for group in scheduler.groups.values()),
                 broadcasts=self._broadcasts.status(),
+                evaluation=evaluation_to_wire(scheduler.evaluations, coordinator.clock()),
             )
 
     async def WatchEvents(  # noqa: N802
@@ -130,7 +132,8 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
             engine=session.info.engine,
             address=session.info.address,
             installed=None if session.installed is None else version_to_wire(session.installed),
-            num_leases=len(self._scheduler.leases.of_session(session.session_id)),
+            num_leases=len(self._scheduler.leases.of_session(session.session_id))
+            + len(self._scheduler.evaluations.leases.of_session(session.session_id)),
             since_heartbeat=to_duration(now - session.heard_at),
             stats=coordinator_pb2.EngineStats(
                 num_running=stats.num_running,

@@ -45,6 +45,10 @@ class Outages:
     def may_lease(self, environment: str) -> bool:
         return self._of(environment).breaker.may_lease
 
+    def left_out(self) -> list[str]:
+        """Environments that may not be leased now."""
+        return [name for name, watched in self.environments.items() if not watched.breaker.may_lease]
+
     def leased(self, environment: str, lease_id: str) -> None:
         self._of(environment).breaker.leased(lease_id)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from learner.coordinator.evaluation.records import EvaluationRecord
 from learner.coordinator.groups import LeaseOutcome
 from penstock.trajectory import PolicyVersion, Task
 
@@ -206,4 +207,5 @@ Record = (
     | CheckpointWritten
     | RunFinished
     | EventLogged
+    | EvaluationRecord
 )

@@ -29,6 +29,10 @@ from learner.coordinator.decisions import (
     Verdict,
 )
 from learner.coordinator.demand import Demand
+from learner.coordinator.evaluation.config import EvaluationConfig
+from learner.coordinator.evaluation.evaluation import is_evaluation_lease
+from learner.coordinator.evaluation.evaluations import Evaluations
+from learner.coordinator.evaluation.plan import Plan
 from learner.coordinator.fleet import ActorInfo, EnvironmentUse, Fleet, ReportedStats, Session, WeightsUse
 from learner.coordinator.grants import Grants
 from learner.coordinator.groups import Filled, Group, HandedOver, LeaseOutcome
@@ -80,6 +84,8 @@ class Scheduler:
         tasks: TaskOrder,
         limits: Limits,
         sieve: Sieve | None = None,
+        evaluation: EvaluationConfig | None = None,
+        plan: Plan | None = None,
         history: History,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -108,6 +114,18 @@ class Scheduler:
         self.outages = Outages(
             environments=tasks.environments, config=breaker, board=self.board, journal=self._journal
         )
+        self.evaluations = Evaluations(
+            config=evaluation or EvaluationConfig(),
+            plan=plan or Plan((), samples=1, seed=0, sampling=sampling),
+            num_steps=schedule.num_steps,
+            fleet_config=fleet,
+            fleet=self.fleet,
+            journal=self._journal,
+            left_out=self.outages.left_out,
+            was_granted=history.was_evaluation_granted,
+            wall_clock=wall_clock,
+        )
+        self._max_tokens = sampling.max_tokens
         self._num_sessions = 0
         self._ticked_at: float | None = None
         self._stragglers = Stragglers(fleet=fleet, board=self.board, journal=self._journal)
@@ -151,7 +169,7 @@ class Scheduler:
 
     def take_revocations(self) -> list[Revocation]:
         """What waits for the actors."""
-        return self.board.take_revocations()
+        return self.board.take_revocations() + self.evaluations.take_revocations()
 
     # -- starting -----------------------------------------------------------------------
 
@@ -183,21 +201,37 @@ class Scheduler:
 
     # -- sessions -----------------------------------------------------------------------
 
-    def join(self, session_id: str, info: ActorInfo, held: Sequence[str], now: float) -> Session:
-        """Opens a session; an older one of the same actor is fenced. Raises FleetFull."""
+    def join(
+        self,
+        session_id: str,
+        info: ActorInfo,
+        held: Sequence[str],
+        now: float,
+        *,
+        installed: PolicyVersion | None = None,
+    ) -> Session:
+        """Opens a session; an older one of the same actor is fenced. Raises FleetFull.
+
+        held: leases that it still works on. installed: what it generates with, if it joins again.
+        """
         self.fleet.admit(info.actor_id, now)
         older = self.fleet.of_actor(info.actor_id)
         self._num_sessions += 1
         session = self.fleet.join(session_id, self._num_sessions, info, now)
+        session.installed = installed
         self._journal.record(
             SessionOpened(session_id=session_id, actor_id=info.actor_id, number=session.number)
         )
         self._journal.event("joined", f"{info.actor_id} ({info.engine}, {info.num_slots} slots)")
         for lease_id in held:
-            self.leases.adopt(lease_id, session_id, now)
+            if is_evaluation_lease(lease_id):
+                self.evaluations.adopt(lease_id, session, now)
+            else:
+                self.leases.adopt(lease_id, session_id, now)
         if older is not None:
             self._end_session(older, LeaseOutcome.DEAD, "replaced")
             self.fleet.fence(older.session_id, session_id)
+        self.evaluations.joined(session, now)
         return session
 
     def heartbeat(
@@ -224,6 +258,7 @@ class Scheduler:
         session.weights = weights or session.weights
         for report in progress:
             self.leases.progress(report, session_id, now)
+        self.evaluations.heartbeat(session, progress, now)
         for use in uses:
             num_answers, seconds = session.note_use(use)
             self.outages.answered(use.environment, num_answers, seconds)
@@ -258,6 +293,7 @@ class Scheduler:
         if self._ticked_at is not None and now - self._ticked_at > _TICK_GAP_SECONDS:
             gap = now - self._ticked_at
             self.leases.shift(gap)
+            self.evaluations.shift(gap)
             self.fleet.shift(gap, now)
             self._journal.event(
                 "stall", f"the coordinator stood still for {gap:.1f} s; deadlines moved by as much"
@@ -277,6 +313,7 @@ class Scheduler:
             self.outages.expired(lease, now)
         self.outages.tick(now)
         self._stragglers.tick(self.lineage.waiting, now)
+        self.evaluations.tick(now)
 
     def set_no_room(self, reason: str) -> None:
         """While there is a reason no lease is granted; what is leased goes on."""
@@ -302,7 +339,17 @@ class Scheduler:
             session.num_asked, session.refusal = 0, refusal
             return [], refusal
         assert self.version is not None
-        leases, session.refusal = self.grants.grant(session, self.version, installed, max_leases, now)
+        leases = self.evaluations.grant(session, installed, max_leases, now)
+        if len(leases) < max_leases:
+            room = max_leases - len(leases)
+            more, session.refusal = self.grants.grant(session, self.version, installed, room, now)
+            leases += more
+        if len(leases) < max_leases:
+            # What it cannot be trained with now.
+            room = max_leases - len(leases)
+            leases += self.evaluations.grant(session, installed, room, now, beyond_share=True)
+        if leases:
+            session.num_asked, session.refusal = 0, ""
         return leases, session.refusal
 
     def asks_no_more(self, session_id: str) -> None:
@@ -342,6 +389,8 @@ class Scheduler:
         if isinstance(submission, Rejected):
             return self._refuse(session, submission, submission.lease_id)
         try:
+            if is_evaluation_lease(submission.lease_id):
+                return self._decide_answer(session, sequence, submission, now)
             return self._decide(session, submission, now)
         except Rejected as rejected:
             return self._refuse(session, rejected, submission.lease_id)
@@ -353,6 +402,17 @@ class Scheduler:
             "rejected", f"{session.info.actor_id}, lease {lease_id[:40]}: {rejected.code}: {rejected}"
         )
         return Verdict(None, rejected.code, str(rejected))
+
+    def _decide_answer(self, session: Session, sequence: int, submission: Submission, now: float) -> Verdict:
+        """Of an evaluation."""
+        if submission.trajectory_id in self._known:
+            self._advance(session)
+            self._journal.record(ItemsRefused(duplicates=1))
+            return DUPLICATE
+        verdict = self.evaluations.submit(session, sequence, submission, now)
+        self._advance(session)
+        self._known.add(submission.trajectory_id)
+        return verdict
 
     def reject(
         self, session_id: str, sequence: int, code: RejectionCode, message: str, now: float
@@ -379,6 +439,9 @@ class Scheduler:
         if not _is_next(session, sequence):
             return
         self._advance(session)
+        if is_evaluation_lease(lease_id):
+            self.evaluations.release(session, lease_id, outcome, message, now)
+            return
         lease = self.leases.get(lease_id)
         if lease is not None and lease.session_id == session_id:
             if partial is not None and outcome is LeaseOutcome.DRAINED:
@@ -443,6 +506,11 @@ class Scheduler:
             return DUPLICATE
         if submission.flaw is not None:
             raise submission.flaw
+        if submission.num_sampled > self._max_tokens:
+            raise Rejected(
+                RejectionCode.TOO_LONG,
+                f"{submission.num_sampled} sampled tokens; at most {self._max_tokens} are allowed",
+            )
         validation.check_versions(submission.versions, self.lineage.versions)
         if group is not None:
             validation.check_task(submission.task, group.task)
@@ -562,6 +630,7 @@ class Scheduler:
                 if outcome is LeaseOutcome.DEAD:
                     group.deaths.add(session.session_id)
             self.board.end_lease(lease, outcome, message=reason)
+        self.evaluations.session_ended(session.session_id, outcome, reason)
         self.fleet.remove(session.session_id)
         self._journal.record(SessionClosed(session_id=session.session_id, reason=reason))
 

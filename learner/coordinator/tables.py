@@ -15,6 +15,7 @@ from typing import Any
 
 import apsw
 
+from learner.coordinator.evaluation import tables as evaluation_tables
 from learner.coordinator.records import (
     BatchAssigned,
     BatchTrained,
@@ -374,6 +375,7 @@ _GATHERED: dict[type, Callable[[_Transaction, Any], None]] = {
     SessionClosed: _sessions_closed,
     ItemsRefused: _items_refused,
     EventLogged: _events_logged,
+    **evaluation_tables.GATHERED,
 }
 """In the order in which they are written: a row is added before it is changed."""
 
@@ -385,5 +387,6 @@ _SINGLY: dict[type, Callable[[_Transaction, Any], None]] = {
     LineageOpened: _lineage_opened,
     CheckpointWritten: _checkpoint_written,
     RunFinished: _run_finished,
+    **evaluation_tables.SINGLY,
 }
 """Records that change what others wrote, and so stay in their place among them."""

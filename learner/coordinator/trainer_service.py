@@ -21,6 +21,8 @@ from penstock.v1 import trainer_pb2 as pb
 from penstock.v1 import trainer_pb2_grpc, trajectory_pb2
 
 MAX_BATCH_WAIT_SECONDS = 30.0
+EVALUATION_WAIT_SECONDS = 10.0
+"""Of one call that would finish the run, for an evaluation that is open."""
 _MESSAGE_BYTES = MAX_MESSAGE_BYTES // 2
 
 
@@ -55,6 +57,7 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
                 )
             reopened = self._coordinator.ledger.groups_trained_from(request.step)
             epoch = self._scheduler.lineage.open(request.step, reopened)
+            self._scheduler.evaluations.lineage_opened()
             self._publications.withdraw()
             self._coordinator.trainer = None
             await self._coordinator.commit()
@@ -128,6 +131,7 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
                 request.group_ids,
             )
             if new:
+                self._scheduler.evaluations.published(version, manifest.digest, self._coordinator.clock())
                 self._measure(len(request.group_ids))
                 self._coordinator.step_metrics = dict(request.metrics)
                 self._note_published()
@@ -174,10 +178,28 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
         self, request: pb.FinishRunRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.FinishRunResponse:
         async with refusals(context):
+            self._scheduler.lineage.require_epoch(request.epoch)
+            waiting = await self._await_evaluation()
+            if waiting:
+                return pb.FinishRunResponse(waiting=pb.Waiting(reason=waiting))
             self._scheduler.lineage.finish(request.epoch, request.step)
             await self._coordinator.commit()
             await self._coordinator.refresh_totals()
             return pb.FinishRunResponse()
+
+    async def _await_evaluation(self) -> str:
+        """Why the run cannot be finished yet; empty if it can."""
+        clock = self._coordinator.clock
+        deadline = clock() + EVALUATION_WAIT_SECONDS
+        while True:
+            change = self._coordinator.changed.next()
+            evaluation = self._scheduler.evaluations.open
+            if evaluation is None or self._scheduler.finished:
+                return ""
+            reason = f"the evaluation of version {evaluation.version}"
+            self._note(Waiting(reason))
+            if self._coordinator.stop.is_set() or not await wait_until(change, deadline):
+                return f"{reason}: {evaluation.num_answers} of {evaluation.num_slots} answers"
 
 
 def _pieces(payloads: Sequence[bytes]) -> Iterator[list[bytes]]:

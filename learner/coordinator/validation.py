@@ -30,6 +30,7 @@ class RejectionCode(StrEnum):
     OBSERVATION_DIFFERS = "observation_differs"
     EMPTY = "empty"
     CORRUPT = "corrupt"
+    WRONG_VERSION = "wrong_version"
 
 
 class Rejected(PenstockError):

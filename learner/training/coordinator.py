@@ -79,7 +79,9 @@ class Coordinator(Protocol):
 
     def record_checkpoint(self, *, epoch: int, step: int, path: str, digest: str) -> None: ...
 
-    def finish_run(self, *, epoch: int, step: int) -> None: ...
+    def finish_run(self, *, epoch: int, step: int) -> None:
+        """Returns once no evaluation is open any more: until then actors may fetch the last version."""
+        ...
 
 
 class GrpcCoordinator:
@@ -141,8 +143,15 @@ class GrpcCoordinator:
         )
 
     def finish_run(self, *, epoch: int, step: int) -> None:
+        """Stays while an evaluation is open, which the coordinator bounds, or until a stop."""
         request = trainer_pb2.FinishRunRequest(epoch=epoch, step=step)
-        self._call("FinishRun", lambda: self._stub.FinishRun(request, timeout=self._call_seconds))
+        while True:
+            answer = self._call(
+                "FinishRun", lambda: self._stub.FinishRun(request, timeout=self._call_seconds)
+            )
+            if not answer.HasField("waiting") or self._stopping():
+                return
+            _log.info("the last step is trained; waiting for %s", answer.waiting.reason)
 
     def _call(self, name: str, call: Callable[[], _Result]) -> _Result:
         """Makes one call, again while it fails for reasons that pass, within `retry_seconds`."""

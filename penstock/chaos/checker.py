@@ -85,7 +85,8 @@ def lost_ids(evidence: Evidence) -> set[str]:
             name = session.sent.get(sequence, "")
             kind, _ = session.verdicts.get(sequence, ("unheard", ""))
             heard += kind == "rejected"
-            if name and kind != "rejected" and name not in evidence.ledger.rows:
+            kept = name in evidence.ledger.rows or name in evidence.ledger.answers
+            if name and kind != "rejected" and not kept:
                 (missing if kind in _STORED else duplicates).add(name)
     rejected = sum(n for name, n in evidence.ledger.tallies.items() if name.startswith("rejected:"))
     forgiven = max(rejected - heard, 0)

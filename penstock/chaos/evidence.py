@@ -36,6 +36,8 @@ class Row:
 class LedgerEvidence:
     rows: Mapping[str, Row] = field(default_factory=dict)
     """By trajectory id."""
+    answers: frozenset[str] = frozenset()
+    """Trajectory ids of evaluations, which never train."""
     versions: Mapping[PolicyVersion, str] = field(default_factory=dict)
     """Digest of each, in order."""
     tallies: Mapping[str, int] = field(default_factory=dict)
@@ -97,6 +99,7 @@ def read_ledger(path: Path) -> LedgerEvidence:
     try:
         db: Any = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
         rows = db.execute("SELECT trajectory_id, group_id, state, step FROM trajectories").fetchall()
+        answers = db.execute("SELECT trajectory_id FROM evaluation_answers").fetchall()
         versions = db.execute("SELECT epoch, step, digest FROM versions ORDER BY epoch, step").fetchall()
         tallies = db.execute("SELECT name, value FROM tallies").fetchall()
         sessions = db.execute("SELECT session_id, acknowledged FROM sessions").fetchall()
@@ -105,6 +108,7 @@ def read_ledger(path: Path) -> LedgerEvidence:
     names = ("trajectory_id", "group_id", "state", "step")
     return LedgerEvidence(
         rows={row[0]: Row(**dict(zip(names, row, strict=True))) for row in rows},
+        answers=frozenset(name for (name,) in answers),
         versions={PolicyVersion(epoch, step): digest for epoch, step, digest in versions},
         tallies=dict(tallies),
         acknowledged=dict(sessions),

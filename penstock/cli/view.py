@@ -116,12 +116,30 @@ def _progress(status: pb.GetStatusResponse, rewards: RewardHistory) -> Renderabl
             f"; bound {status.max_lag}",
         ),
     )
+    if status.HasField("evaluation"):
+        table.add_row("evaluated", *_evaluation(status.evaluation))
     table.add_row(
         "tokens/s",
         f"{status.tokens_per_second:,.0f}",
         f"{status.num_groups_open} groups open, {status.num_groups_ready} of them ready to train",
     )
     return table
+
+
+def _evaluation(evaluation: pb.EvaluationStatus) -> tuple[str, Text]:
+    """The newest mean reward, and what it is of."""
+    newest, mean, parts = evaluation.newest, evaluation.newest.scores.get("mean"), []
+    if evaluation.HasField("newest"):
+        parts.append(f"version {version_from_wire(newest.version)}")
+        if mean is not None and mean.HasField("reward_error"):
+            parts[-1] += f" (± {mean.reward_error:.3f})"
+        parts += [f"pass@{k} {chance:.3f}" for k, chance in sorted(mean.pass_at.items())] if mean else []
+        lost = newest.num_slots - newest.num_answers
+        parts += [f"{lost} of {newest.num_slots} without a reward"] if lost else []
+    if evaluation.HasField("open"):
+        answered = f"{evaluation.num_answers} of {evaluation.num_slots}"
+        parts.append(f"{version_from_wire(evaluation.open)} open: {answered} answers")
+    return _measured(None if mean is None else mean.reward_mean, ".3f"), _said(", ".join(parts))
 
 
 def _actors(status: pb.GetStatusResponse) -> RenderableType:

@@ -95,7 +95,9 @@ class _VerdictKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_VerdictKi
     DESCRIPTOR: _descriptor.EnumDescriptor
     VERDICT_KIND_UNSPECIFIED: _VerdictKind.ValueType  # 0
     VERDICT_KIND_ACCEPTED: _VerdictKind.ValueType  # 1
-    """On disk, and pending for training. Also the verdict of a recorded release."""
+    """On disk, and pending for training. Also the verdict of a recorded release, and of an answer
+    that counts in its evaluation.
+    """
     VERDICT_KIND_DUPLICATE: _VerdictKind.ValueType  # 2
     """This id is on disk already."""
     VERDICT_KIND_STALE: _VerdictKind.ValueType  # 3
@@ -111,7 +113,9 @@ class VerdictKind(_VerdictKind, metaclass=_VerdictKindEnumTypeWrapper): ...
 
 VERDICT_KIND_UNSPECIFIED: VerdictKind.ValueType  # 0
 VERDICT_KIND_ACCEPTED: VerdictKind.ValueType  # 1
-"""On disk, and pending for training. Also the verdict of a recorded release."""
+"""On disk, and pending for training. Also the verdict of a recorded release, and of an answer
+that counts in its evaluation.
+"""
 VERDICT_KIND_DUPLICATE: VerdictKind.ValueType  # 2
 """This id is on disk already."""
 VERDICT_KIND_STALE: VerdictKind.ValueType  # 3
@@ -159,6 +163,8 @@ class _RejectionCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Rejecti
     """The trajectory's bytes are not those that its checksum was made of, or are no
     Trajectory at all. The actor still has it, and may send it again.
     """
+    REJECTION_CODE_WRONG_VERSION: _RejectionCode.ValueType  # 16
+    """An answer to an evaluation with tokens of another version than the lease is pinned to."""
 
 class RejectionCode(_RejectionCode, metaclass=_RejectionCodeEnumTypeWrapper): ...
 
@@ -191,6 +197,8 @@ REJECTION_CODE_CORRUPT: RejectionCode.ValueType  # 15
 """The trajectory's bytes are not those that its checksum was made of, or are no
 Trajectory at all. The actor still has it, and may send it again.
 """
+REJECTION_CODE_WRONG_VERSION: RejectionCode.ValueType  # 16
+"""An answer to an evaluation with tokens of another version than the lease is pinned to."""
 Global___RejectionCode: _TypeAlias = RejectionCode  # noqa: Y015
 
 @_typing.final
@@ -207,6 +215,7 @@ class JoinRequest(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     LEASE_IDS_FIELD_NUMBER: _builtins.int
     WEIGHTS_MEDIUM_FIELD_NUMBER: _builtins.int
+    INSTALLED_FIELD_NUMBER: _builtins.int
     actor_id: _builtins.str
     """Stable over restarts of the same actor: a new session of a name fences the old."""
     protocol: _builtins.int
@@ -231,6 +240,10 @@ class JoinRequest(_message.Message):
         the actor held are granted again.
         """
 
+    @_builtins.property
+    def installed(self) -> _trajectory_pb2.PolicyVersion:
+        """What it generates with, if it joins again."""
+
     def __init__(
         self,
         *,
@@ -244,10 +257,11 @@ class JoinRequest(_message.Message):
         device: _builtins.str = ...,
         lease_ids: _abc.Iterable[_builtins.str] | None = ...,
         weights_medium: _builtins.str = ...,
+        installed: _trajectory_pb2.PolicyVersion | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["installed", b"installed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_id", b"actor_id", "address", b"address", "device", b"device", "engine", b"engine", "hostname", b"hostname", "lease_ids", b"lease_ids", "num_slots", b"num_slots", "pid", b"pid", "protocol", b"protocol", "weights_medium", b"weights_medium"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_id", b"actor_id", "address", b"address", "device", b"device", "engine", b"engine", "hostname", b"hostname", "installed", b"installed", "lease_ids", b"lease_ids", "num_slots", b"num_slots", "pid", b"pid", "protocol", b"protocol", "weights_medium", b"weights_medium"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -376,6 +390,7 @@ class WatchResponse(_message.Message):
     REVOKE_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
     GROUP_FIELD_NUMBER: _builtins.int
+    HOLD_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def version(self) -> _weights_pb2.WeightManifest:
         """A version is published: fetch and install it."""
@@ -392,6 +407,10 @@ class WatchResponse(_message.Message):
     def group(self) -> Global___GroupInvitation:
         """Join a group that versions are broadcast to. Sent to who asked for it."""
 
+    @_builtins.property
+    def hold(self) -> Global___Hold:
+        """Which version to hold. Comes first in the stream, and at each change."""
+
     def __init__(
         self,
         *,
@@ -399,12 +418,13 @@ class WatchResponse(_message.Message):
         revoke: Global___RevokeLeases | None = ...,
         drain: Global___Drain | None = ...,
         group: Global___GroupInvitation | None = ...,
+        hold: Global___Hold | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "drain", b"drain", "group", b"group", "revoke", b"revoke", "version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "drain", b"drain", "group", b"group", "hold", b"hold", "revoke", b"revoke", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "drain", b"drain", "group", b"group", "revoke", b"revoke", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "drain", b"drain", "group", b"group", "hold", b"hold", "revoke", b"revoke", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_directive: _TypeAlias = _typing.Literal["version", "revoke", "drain", "group"]  # noqa: Y015
+    _WhichOneofReturnType_directive: _TypeAlias = _typing.Literal["version", "revoke", "drain", "group", "hold"]  # noqa: Y015
     _WhichOneofArgType_directive: _TypeAlias = _typing.Literal["directive", b"directive"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_directive) -> _WhichOneofReturnType_directive | None: ...
 
@@ -465,6 +485,43 @@ class GroupInvitation(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GroupInvitation: _TypeAlias = GroupInvitation  # noqa: Y015
+
+@_typing.final
+class Hold(_message.Message):
+    """An evaluation needs this actor: install `version`, ask for leases under it, and install no
+    other until another Hold comes or `limit` is over. An actor that has a newer one by now takes
+    no more leases, finishes what it plays, and then installs it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    MANIFEST_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def version(self) -> _trajectory_pb2.PolicyVersion:
+        """Unset: hold nothing any more; the newest announced version is installed."""
+
+    @_builtins.property
+    def manifest(self) -> _weights_pb2.WeightManifest:
+        """Unset when the version cannot be fetched any more."""
+
+    @_builtins.property
+    def limit(self) -> _duration_pb2.Duration: ...
+    def __init__(
+        self,
+        *,
+        version: _trajectory_pb2.PolicyVersion | None = ...,
+        manifest: _weights_pb2.WeightManifest | None = ...,
+        limit: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "manifest", b"manifest", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "manifest", b"manifest", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Hold: _TypeAlias = Hold  # noqa: Y015
 
 @_typing.final
 class RevokeLeases(_message.Message):
@@ -925,6 +982,7 @@ class Lease(_message.Message):
     RIVAL_FIELD_NUMBER: _builtins.int
     PARTIAL_FIELD_NUMBER: _builtins.int
     PARTIAL_CHECKSUM_FIELD_NUMBER: _builtins.int
+    PIN_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     group_id: _builtins.int
     slot: _builtins.int
@@ -947,6 +1005,12 @@ class Lease(_message.Message):
     def progress_timeout(self) -> _duration_pb2.Duration:
         """The lease ends when there is no progress for this long."""
 
+    @_builtins.property
+    def pin(self) -> Global___Pin:
+        """Set in a lease of an evaluation: its trajectory never trains. group_id then numbers the
+        evaluation, whose environment sessions are named apart from those of groups.
+        """
+
     def __init__(
         self,
         *,
@@ -960,14 +1024,45 @@ class Lease(_message.Message):
         rival: _builtins.bool = ...,
         partial: _builtins.bytes = ...,
         partial_checksum: _builtins.int = ...,
+        pin: Global___Pin | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["progress_timeout", b"progress_timeout", "sampling", b"sampling", "task", b"task"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pin", b"pin", "progress_timeout", b"progress_timeout", "sampling", b"sampling", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "group_id", b"group_id", "lease_id", b"lease_id", "partial", b"partial", "partial_checksum", b"partial_checksum", "progress_timeout", b"progress_timeout", "rival", b"rival", "sampling", b"sampling", "slot", b"slot", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "group_id", b"group_id", "lease_id", b"lease_id", "partial", b"partial", "partial_checksum", b"partial_checksum", "pin", b"pin", "progress_timeout", b"progress_timeout", "rival", b"rival", "sampling", b"sampling", "slot", b"slot", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Lease: _TypeAlias = Lease  # noqa: Y015
+
+@_typing.final
+class Pin(_message.Message):
+    """Every token must be of this version. An actor that has another one installed by now gives
+    the lease back at once, and installs none while it works on it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def version(self) -> _trajectory_pb2.PolicyVersion: ...
+    @_builtins.property
+    def limit(self) -> _duration_pb2.Duration:
+        """After this long the evaluation is over: give the lease back."""
+
+    def __init__(
+        self,
+        *,
+        version: _trajectory_pb2.PolicyVersion | None = ...,
+        limit: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Pin: _TypeAlias = Pin  # noqa: Y015
 
 @_typing.final
 class SubmitRequest(_message.Message):

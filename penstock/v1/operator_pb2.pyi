@@ -105,6 +105,7 @@ class GetStatusResponse(_message.Message):
     NUM_HANDED_OVER_FIELD_NUMBER: _builtins.int
     NUM_CONTINUED_FIELD_NUMBER: _builtins.int
     BROADCASTS_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     state: Global___RunState.ValueType
     num_steps: _builtins.int
@@ -139,6 +140,10 @@ class GetStatusResponse(_message.Message):
     def environments(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvironmentStatus]: ...
     @_builtins.property
     def broadcasts(self) -> Global___BroadcastStatus: ...
+    @_builtins.property
+    def evaluation(self) -> Global___EvaluationStatus:
+        """Unset in a run that evaluates nothing."""
+
     def __init__(
         self,
         *,
@@ -160,10 +165,11 @@ class GetStatusResponse(_message.Message):
         num_handed_over: _builtins.int = ...,
         num_continued: _builtins.int = ...,
         broadcasts: Global___BroadcastStatus | None = ...,
+        evaluation: Global___EvaluationStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["broadcasts", b"broadcasts", "ledger", b"ledger", "uptime", b"uptime", "version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["broadcasts", b"broadcasts", "evaluation", b"evaluation", "ledger", b"ledger", "uptime", b"uptime", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actors", b"actors", "actors_wanted", b"actors_wanted", "broadcasts", b"broadcasts", "environments", b"environments", "ledger", b"ledger", "max_lag", b"max_lag", "metrics", b"metrics", "num_continued", b"num_continued", "num_groups_open", b"num_groups_open", "num_groups_ready", b"num_groups_ready", "num_handed_over", b"num_handed_over", "num_steps", b"num_steps", "run_id", b"run_id", "state", b"state", "tokens_per_second", b"tokens_per_second", "uptime", b"uptime", "version", b"version", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actors", b"actors", "actors_wanted", b"actors_wanted", "broadcasts", b"broadcasts", "environments", b"environments", "evaluation", b"evaluation", "ledger", b"ledger", "max_lag", b"max_lag", "metrics", b"metrics", "num_continued", b"num_continued", "num_groups_open", b"num_groups_open", "num_groups_ready", b"num_groups_ready", "num_handed_over", b"num_handed_over", "num_steps", b"num_steps", "run_id", b"run_id", "state", b"state", "tokens_per_second", b"tokens_per_second", "uptime", b"uptime", "version", b"version", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -234,6 +240,167 @@ class BroadcastStatus(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BroadcastStatus: _TypeAlias = BroadcastStatus  # noqa: Y015
+
+@_typing.final
+class EvaluationStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPEN_FIELD_NUMBER: _builtins.int
+    NUM_SLOTS_FIELD_NUMBER: _builtins.int
+    NUM_ANSWERS_FIELD_NUMBER: _builtins.int
+    NUM_HOLDERS_FIELD_NUMBER: _builtins.int
+    LEFT_FIELD_NUMBER: _builtins.int
+    NEWEST_FIELD_NUMBER: _builtins.int
+    num_slots: _builtins.int
+    num_answers: _builtins.int
+    num_holders: _builtins.int
+    """Actors that hold its version."""
+    @_builtins.property
+    def open(self) -> _trajectory_pb2.PolicyVersion:
+        """The one that is open, if one is."""
+
+    @_builtins.property
+    def left(self) -> _duration_pb2.Duration: ...
+    @_builtins.property
+    def newest(self) -> Global___EvaluationResult: ...
+    def __init__(
+        self,
+        *,
+        open: _trajectory_pb2.PolicyVersion | None = ...,
+        num_slots: _builtins.int = ...,
+        num_answers: _builtins.int = ...,
+        num_holders: _builtins.int = ...,
+        left: _duration_pb2.Duration | None = ...,
+        newest: Global___EvaluationResult | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["left", b"left", "newest", b"newest", "open", b"open"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["left", b"left", "newest", b"newest", "num_answers", b"num_answers", "num_holders", b"num_holders", "num_slots", b"num_slots", "open", b"open"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvaluationStatus: _TypeAlias = EvaluationStatus  # noqa: Y015
+
+@_typing.final
+class EvaluationResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ScoresEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___EvaluationScore: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___EvaluationScore | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    NUM_SLOTS_FIELD_NUMBER: _builtins.int
+    NUM_ANSWERS_FIELD_NUMBER: _builtins.int
+    NUM_MISSING_FIELD_NUMBER: _builtins.int
+    NUM_FAULTS_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
+    state: _builtins.str
+    """"complete", or "deadline": ended with the answers that there were."""
+    num_slots: _builtins.int
+    num_answers: _builtins.int
+    num_missing: _builtins.int
+    num_faults: _builtins.int
+    """Slots that were given up after faults: they have no reward, and count in no mean."""
+    @_builtins.property
+    def version(self) -> _trajectory_pb2.PolicyVersion: ...
+    @_builtins.property
+    def scores(self) -> _containers.MessageMap[_builtins.str, Global___EvaluationScore]:
+        """By environment, and "mean" over them; an environment without an answer has none."""
+
+    def __init__(
+        self,
+        *,
+        version: _trajectory_pb2.PolicyVersion | None = ...,
+        state: _builtins.str = ...,
+        num_slots: _builtins.int = ...,
+        num_answers: _builtins.int = ...,
+        num_missing: _builtins.int = ...,
+        num_faults: _builtins.int = ...,
+        scores: _abc.Mapping[_builtins.str, Global___EvaluationScore] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_answers", b"num_answers", "num_faults", b"num_faults", "num_missing", b"num_missing", "num_slots", b"num_slots", "scores", b"scores", "state", b"state", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvaluationResult: _TypeAlias = EvaluationResult  # noqa: Y015
+
+@_typing.final
+class EvaluationScore(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class PassAtEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    REWARD_MEAN_FIELD_NUMBER: _builtins.int
+    REWARD_ERROR_FIELD_NUMBER: _builtins.int
+    PASS_AT_FIELD_NUMBER: _builtins.int
+    TRUNCATED_SHARE_FIELD_NUMBER: _builtins.int
+    TOKENS_MEAN_FIELD_NUMBER: _builtins.int
+    reward_mean: _builtins.float
+    reward_error: _builtins.float
+    """Standard error, clustered by prompt; unset for a single prompt."""
+    truncated_share: _builtins.float
+    tokens_mean: _builtins.float
+    @_builtins.property
+    def pass_at(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
+        """By k."""
+
+    def __init__(
+        self,
+        *,
+        reward_mean: _builtins.float = ...,
+        reward_error: _builtins.float | None = ...,
+        pass_at: _abc.Mapping[_builtins.int, _builtins.float] | None = ...,
+        truncated_share: _builtins.float = ...,
+        tokens_mean: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_reward_error", b"_reward_error", "reward_error", b"reward_error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reward_error", b"_reward_error", "pass_at", b"pass_at", "reward_error", b"reward_error", "reward_mean", b"reward_mean", "tokens_mean", b"tokens_mean", "truncated_share", b"truncated_share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__reward_error: _TypeAlias = _typing.Literal["reward_error"]  # noqa: Y015
+    _WhichOneofArgType__reward_error: _TypeAlias = _typing.Literal["_reward_error", b"_reward_error"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reward_error) -> _WhichOneofReturnType__reward_error | None: ...
+
+Global___EvaluationScore: _TypeAlias = EvaluationScore  # noqa: Y015
 
 @_typing.final
 class ActorStatus(_message.Message):

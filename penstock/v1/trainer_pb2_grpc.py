@@ -108,7 +108,7 @@ class TrainerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def FinishRun(self, request, context):
-        """The last step is trained: actors are sent home.
+        """The last step is trained: once no evaluation is open, actors are sent home.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

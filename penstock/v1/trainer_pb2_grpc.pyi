@@ -56,7 +56,7 @@ class TrainerServiceStub:
     RecordCheckpoint: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.RecordCheckpointRequest, _trainer_pb2.RecordCheckpointResponse]
     """A checkpoint is complete on disk."""
     FinishRun: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.FinishRunRequest, _trainer_pb2.FinishRunResponse]
-    """The last step is trained: actors are sent home."""
+    """The last step is trained: once no evaluation is open, actors are sent home."""
 
 @_typing.type_check_only
 class TrainerServiceAsyncStub(TrainerServiceStub):
@@ -78,7 +78,7 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     RecordCheckpoint: _aio.UnaryUnaryMultiCallable[_trainer_pb2.RecordCheckpointRequest, _trainer_pb2.RecordCheckpointResponse]  # type: ignore[assignment]
     """A checkpoint is complete on disk."""
     FinishRun: _aio.UnaryUnaryMultiCallable[_trainer_pb2.FinishRunRequest, _trainer_pb2.FinishRunResponse]  # type: ignore[assignment]
-    """The last step is trained: actors are sent home."""
+    """The last step is trained: once no evaluation is open, actors are sent home."""
 
 class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -133,6 +133,6 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trainer_pb2.FinishRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_pb2.FinishRunResponse, _abc.Awaitable[_trainer_pb2.FinishRunResponse]]:
-        """The last step is trained: actors are sent home."""
+        """The last step is trained: once no evaluation is open, actors are sent home."""
 
 def add_TrainerServiceServicer_to_server(servicer: TrainerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

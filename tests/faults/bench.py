@@ -42,6 +42,7 @@ from learner.config import (
 from learner.coordinator import segments, tables
 from learner.coordinator.audit import audit
 from learner.coordinator.core import NO_LIMITS
+from learner.coordinator.evaluation.config import EvaluationConfig
 from learner.training.config import TrainingConfig
 from penstock import config, parent, rpc
 from penstock.chaos.checker import Findings, check
@@ -88,7 +89,9 @@ class Describes(environment_pb2_grpc.EnvironmentServiceServicer):
     """All that a coordinator asks of an environment."""
 
     async def Describe(self, request: Any, context: Any) -> Any:
-        description = Description(name=ENVIRONMENT, version="1", digest="ab", splits={"train": 1000})
+        description = Description(
+            name=ENVIRONMENT, version="1", digest="ab", splits={"train": 1000, "eval": 100}
+        )
         return description_to_wire(description)
 
 
@@ -166,6 +169,7 @@ class Bench:
         disk: DiskConfig = NO_LIMITS,
         training: TrainingConfig = TrainingConfig(),  # noqa: B008
         weights: WeightsConfig = WeightsConfig(),  # noqa: B008
+        evaluation: EvaluationConfig | None = None,
     ) -> None:
         """environments: addresses of real servers, for actors that ask them; by default one that is only described."""
         self.folder = folder
@@ -181,6 +185,7 @@ class Bench:
         self.disk = disk
         self.training = training
         self.weights = weights
+        self.evaluation = evaluation or EvaluationConfig()
         self.address = ""
         self.coordinator: Process | None = None
         self.trainer: Process | None = None
@@ -230,6 +235,7 @@ class Bench:
             ledger=LedgerConfig(keep_payloads=self.keep_payloads, disk=self.disk),
             training=self.training,
             weights=self.weights,
+            evaluation=self.evaluation,
         )
         path = self.run_dir / "config.toml"
         path.write_text(config.to_toml(settings))

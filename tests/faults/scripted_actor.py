@@ -264,6 +264,7 @@ class ScriptedActor:
             protocol=PROTOCOL,
             patience_seconds=120.0,
             held_leases=lambda: self.actor.held_leases() if self.actor else [],
+            installed=lambda: self.actor.installed if self.actor else None,
         )
         stack.push_async_callback(session.close)
         welcome = await session.join(connect_seconds=60.0)

@@ -96,7 +96,7 @@ class Cluster:
         self.run_dir = folder / "run"
         self.address = ""
         self.programs: list[Program] = []
-        self._environments: list[str] = []
+        self.environments: list[str] = []
 
     def start(self, name: str, *arguments: str, within: Sequence[str] = ()) -> Program:
         """Runs `penstock ARGUMENTS`; `within` is a command that runs the command after it."""
@@ -105,11 +105,11 @@ class Cluster:
         return program
 
     def environment(self, target: str, *options: str) -> Program:
-        name = f"env-{len(self._environments)}"
+        name = f"env-{len(self.environments)}"
         program = self.start(
             name, "env", "serve", target, "--bind", "127.0.0.1:0", "--workers", "1", *options
         )
-        self._environments.append(program.wait_for_line("serving ").rpartition(" on ")[2])
+        self.environments.append(program.wait_for_line("serving ").rpartition(" on ")[2])
         return program
 
     def learner(self, *options: str, num_steps: int = 6, name: str = "learner") -> Program:
@@ -124,7 +124,7 @@ class Cluster:
         return self.start(name, "actor", *flags, *options, within=within)
 
     def write_config(self, *, num_steps: int) -> None:
-        environments = ", ".join(f'"{address}"' for address in self._environments)
+        environments = ", ".join(f'"{address}"' for address in self.environments)
         port = self.address.rpartition(":")[2] or "0"
         (self.folder / "run.toml").write_text(
             f"""

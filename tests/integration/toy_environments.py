@@ -30,6 +30,13 @@ class Letters:
         return StepResult(done=True, reward=Reward.valid(action.count("a") / max(len(action), 1)))
 
 
+class TrainOnly(Letters):
+    """Has nothing to evaluate on."""
+
+    def describe(self) -> Description:
+        return Description(name=self._name, version="1", digest="ab", splits={"train": 8})
+
+
 class Faulty(Letters):
     """Fails in the way that its name says, at every answer."""
 

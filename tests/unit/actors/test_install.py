@@ -104,3 +104,97 @@ async def test_an_engine_that_verifies_reads_the_trainers_own_memory_until_that_
         installer.announce(manifest_to_wire(staged(step).manifest))
         await run_until(installer, step)
     assert fetcher.in_place == [True, False, True]
+
+
+class Bystander:
+    """Says what is being generated, as the actor does."""
+
+    def __init__(self) -> None:
+        self.allows = True
+
+    def __call__(self, version: PolicyVersion) -> bool:
+        return self.allows
+
+
+async def settled(installer: Installer) -> None:
+    """Until there is nothing that the installer would do now."""
+    for _ in range(50):
+        await asyncio.sleep(0.002)
+
+
+async def test_a_held_version_stays_whatever_is_announced_until_it_is_let_go():
+    engine, fetcher = ScriptedEngine([]), Fetcher()
+    installer = Installer(engine, fetcher)  # type: ignore[arg-type]
+    task = asyncio.create_task(installer.run())
+    installer.hold(PolicyVersion(1, 1), manifest_to_wire(staged(1).manifest), seconds=60.0)
+    installer.announce(manifest_to_wire(staged(1).manifest))
+    installer.announce(manifest_to_wire(staged(2).manifest))
+    await settled(installer)
+    assert engine.installed == PolicyVersion(1, 1)
+    assert installer.generates(PolicyVersion(1, 1))
+    installer.let_go()
+    await settled(installer)
+    assert engine.installed == PolicyVersion(1, 2)
+    assert not installer.generates(PolicyVersion(1, 1))
+    task.cancel()
+
+
+async def test_a_hold_ends_by_itself():
+    engine, fetcher = ScriptedEngine([]), Fetcher()
+    now = 0.0
+    installer = Installer(engine, fetcher, clock=lambda: now)  # type: ignore[arg-type]
+    task = asyncio.create_task(installer.run())
+    installer.hold(PolicyVersion(1, 1), manifest_to_wire(staged(1).manifest), seconds=5.0)
+    installer.announce(manifest_to_wire(staged(2).manifest))
+    await settled(installer)
+    assert engine.installed == PolicyVersion(1, 1)
+    now = 5.0
+    installer.look()
+    await settled(installer)
+    assert engine.installed == PolicyVersion(1, 2)
+    task.cancel()
+
+
+async def test_an_older_version_is_installed_once_nothing_is_generated_any_more():
+    engine, fetcher, bystander = ScriptedEngine([]), Fetcher(), Bystander()
+    installer = Installer(engine, fetcher, may_install=bystander)  # type: ignore[arg-type]
+    task = asyncio.create_task(installer.run())
+    installer.announce(manifest_to_wire(staged(3).manifest))
+    await settled(installer)
+    bystander.allows = False
+    installer.hold(PolicyVersion(1, 1), manifest_to_wire(staged(1).manifest), seconds=60.0)
+    await settled(installer)
+    assert installer.turns_back
+    assert engine.installed == PolicyVersion(1, 3)
+    bystander.allows = True
+    installer.look()
+    await settled(installer)
+    assert not installer.turns_back
+    assert engine.installed == PolicyVersion(1, 1)
+    task.cancel()
+
+
+async def test_a_version_that_was_being_fetched_when_a_hold_began_is_not_installed():
+    engine, fetcher = ScriptedEngine([]), Fetcher()
+    installer = Installer(engine, fetcher)  # type: ignore[arg-type]
+    task = asyncio.create_task(installer.run())
+    installer.announce(manifest_to_wire(staged(1).manifest))
+    await settled(installer)
+    fetcher.started.clear()
+    fetcher.go_on.clear()
+    installer.announce(manifest_to_wire(staged(2).manifest))
+    await asyncio.to_thread(fetcher.started.wait, 20)
+    installer.hold(PolicyVersion(1, 1), None, seconds=60.0)
+    fetcher.go_on.set()
+    await settled(installer)
+    assert engine.installed == PolicyVersion(1, 1)
+    task.cancel()
+
+
+async def test_a_held_version_that_cannot_be_had_is_given_up():
+    engine, fetcher = ScriptedEngine([]), Fetcher(failures=3)
+    installer = Installer(engine, fetcher)  # type: ignore[arg-type]
+    installer.announce(manifest_to_wire(staged(2).manifest))
+    installer.hold(PolicyVersion(1, 1), manifest_to_wire(staged(1).manifest), seconds=60.0)
+    await run_until(installer, 2)
+    assert fetcher.fetched == [2]

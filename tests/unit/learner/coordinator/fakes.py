@@ -10,6 +10,8 @@ import numpy as np
 from learner.config import BreakerConfig, FleetConfig, ScheduleConfig
 from learner.coordinator import submissions
 from learner.coordinator.decisions import History
+from learner.coordinator.evaluation.config import EvaluationConfig
+from learner.coordinator.evaluation.plan import Plan
 from learner.coordinator.fleet import ActorInfo
 from learner.coordinator.ledger import Recovered
 from learner.coordinator.partials import SentPartial
@@ -45,6 +47,9 @@ class NoHistory:
     def was_granted(self, group_id: int, slot: int, attempt: int) -> bool:
         return False
 
+    def was_evaluation_granted(self, number: int, slot: int, attempt: int) -> bool:
+        return False
+
 
 def make_scheduler(
     *,
@@ -53,6 +58,8 @@ def make_scheduler(
     breaker: BreakerConfig | None = None,
     environments: Sequence[str] = (ENVIRONMENT,),
     sieve: Sieve | None = None,
+    evaluation: EvaluationConfig | None = None,
+    plan: Plan | None = None,
     **schedule: int,
 ) -> Scheduler:
     defaults = {"num_steps": 100, "groups_per_step": 2, "group_size": 2, "max_lag": 1}
@@ -64,6 +71,8 @@ def make_scheduler(
         tasks=TaskOrder([TaskSource(environment=name, num_tasks=10) for name in environments], seed=0),
         limits=LIMITS,
         sieve=sieve,
+        evaluation=evaluation,
+        plan=plan,
         history=history or NoHistory(),
         wall_clock=lambda: 0.0,
     )
@@ -72,6 +81,7 @@ def make_scheduler(
 def start(scheduler: Scheduler, step: int = 0) -> PolicyVersion:
     """Opens a lineage and publishes its first version."""
     epoch = scheduler.lineage.open(step, [])
+    scheduler.evaluations.lineage_opened()
     return publish(scheduler, PolicyVersion(epoch, step))
 
 
@@ -79,6 +89,7 @@ def publish(scheduler: Scheduler, version: PolicyVersion) -> PolicyVersion:
     assigned = scheduler.board.assigned
     group_ids = assigned.group_ids if assigned else ()
     scheduler.lineage.published(version, digest_of(version), b"", "{}", group_ids)
+    scheduler.evaluations.published(version, digest_of(version), 0.0)
     return version
 
 
@@ -95,6 +106,7 @@ def restore(scheduler: Scheduler, found: Recovered, *, now: float = 0.0) -> None
         versions=found.versions,
         now=now,
     )
+    scheduler.evaluations.restore(found.evaluations, now)
 
 
 def digest_of(version: PolicyVersion) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from learner.coordinator.decisions import Waiting
+from learner.coordinator.evaluation.config import EvaluationConfig
+from learner.coordinator.evaluation.plan import EvaluationSource, Plan
 from learner.coordinator.explain import TrainerWait, why
 from learner.coordinator.fleet import ReportedStats
 from learner.coordinator.leases import RolloutReport
 from learner.coordinator.vigil import Vigil
 from penstock.waits import WaitSummary
 
-from .fakes import acquire, join, make_scheduler, start
+from .fakes import ENVIRONMENT, acquire, join, make_scheduler, start
 
 STEP = WaitSummary(
     what="a step",
@@ -54,6 +56,20 @@ def test_an_actor_without_work_says_why_it_gets_none():
     assert (
         "idle asks for work and gets none: max_lag 0: 1 groups are open, and more could not be" in lines[-1]
     )
+
+
+def test_an_open_evaluation_says_what_it_waits_for():
+    config = EvaluationConfig(every_steps=1, num_prompts=6, deadline_seconds=100.0)
+    sources = [EvaluationSource(environment=ENVIRONMENT, num_prompts=6)]
+    plan = Plan(sources, samples=1, seed=1, sampling=config.sampling(16))
+    scheduler = make_scheduler(evaluation=config, plan=plan)
+    version = start(scheduler)
+    acquire(scheduler, join(scheduler, "a7"), version, num=4)
+    lines = why(scheduler, None, 40.0)
+    assert (
+        "the evaluation of version 1.0 waits since 40.0 s for 6 of 6 answers: 4 are with a7; 2 are free, and wait "
+        "for room on one of the 1 actors that hold it; it ends with what is there in 60 s"
+    ) in lines
 
 
 def test_an_actor_without_credits_and_a_silent_one_are_named():

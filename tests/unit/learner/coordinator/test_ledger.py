@@ -218,7 +218,7 @@ def test_a_ledger_of_an_older_format_is_refused(path: Path):
     db = apsw.Connection(str(path))
     db.execute("UPDATE meta SET value = '3' WHERE name = 'format'")
     db.close()
-    with pytest.raises(ConfigError, match="format is 3; this version of penstock reads 4"):
+    with pytest.raises(ConfigError, match="format is 3; this version of penstock reads 5"):
         Ledger(path)
 
 

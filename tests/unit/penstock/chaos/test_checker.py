@@ -154,6 +154,13 @@ def test_a_lost_trajectory_is_counted() -> None:
     assert check(lose_a_row(sound())).lost == 1
 
 
+def test_an_answer_to_an_evaluation_is_kept_although_it_is_no_trajectory_of_training() -> None:
+    evidence = sound()
+    rows = {name: each for name, each in evidence.ledger.rows.items() if name != "late"}
+    assert check(with_ledger(evidence, rows=rows)).lost == 1
+    assert check(with_ledger(evidence, rows=rows, answers=frozenset({"late"}))).lost == 0
+
+
 def test_a_trajectory_of_two_steps_is_counted() -> None:
     assert check(train_twice(sound())).trained_twice == 1
 

@@ -104,6 +104,20 @@ def test_what_peers_say_is_neither_markup_nor_control() -> None:
     assert "\x1b" not in text
 
 
+def test_the_newest_evaluation_and_an_open_one_are_shown() -> None:
+    status = a_status()
+    mean = pb.EvaluationScore(reward_mean=0.625, reward_error=0.03, pass_at={1: 0.6, 4: 0.9})
+    newest = pb.EvaluationResult(version=version(4), num_slots=64, num_answers=60, scores={"mean": mean})
+    evaluation = pb.EvaluationStatus(open=version(8), num_slots=64, num_answers=12, newest=newest)
+    status.evaluation.CopyFrom(evaluation)
+
+    text = drawn(render(status, RewardHistory()), width=120)
+
+    assert row(text, "evaluated")[1] == "0.625"
+    assert "version 1.4 (± 0.030), pass@1 0.600, pass@4 0.900" in text
+    assert "4 of 64 without a reward" in text
+
+
 def test_an_imbalance_and_refusals_are_shown() -> None:
     status = a_status()
     status.ledger.imbalance = -2
