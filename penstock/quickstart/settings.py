@@ -120,6 +120,11 @@ pipeline_depth = {min(3, config.max_lag + 1)}
 [sampling]
 max_tokens = {MAX_TOKENS}
 
+# Held-out words, answered by every so many versions while training goes on.
+[evaluation]
+every_steps = {max(config.steps // 6, 1)}
+num_prompts = 128
+
 [algorithm]
 preset = "decoupled_ppo"
 correction_high = 2.0

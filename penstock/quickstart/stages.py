@@ -34,7 +34,7 @@ from penstock.quickstart.settings import (
     run_toml,
     warm_start_toml,
 )
-from penstock.quickstart.summary import Summary, draw, read_points, trajectories_by_verdict
+from penstock.quickstart.summary import Summary, draw, read_evaluations, read_points, trajectories_by_verdict
 from penstock.tasks import task_group
 from penstock.v1 import operator_pb2 as pb
 
@@ -252,7 +252,8 @@ class Quickstart:
             *("--seed", str(self._config.seed + 1), "--device", "cpu", "--json", str(result)),
         ]
         await self._programs.run(f"eval-{when}", arguments, timeout_seconds=_PROGRAM_SECONDS)
-        return float(json.loads(result.read_text(encoding="utf-8"))["accuracy"])
+        (measured,) = json.loads(result.read_text(encoding="utf-8"))["policies"]
+        return float(measured["scores"]["mean"]["pass_at"]["1"])
 
     def _conclude(self, trained: Trained, accuracy_after: float) -> Summary:
         """Writes the picture and summary.json."""
@@ -261,7 +262,9 @@ class Quickstart:
         points = read_points(metrics)
         first = json.loads(metrics.read_text(encoding="utf-8").partition("\n")[0])["time"]
         killed_at = None if trained.killed_at is None else trained.killed_at - first
-        draw(points, self._folder / "reward.png", max_lag=config.max_lag, killed_at=killed_at)
+        evaluated = read_evaluations(self._folder / "evaluations.jsonl")
+        picture = self._folder / "reward.png"
+        draw(points, picture, max_lag=config.max_lag, killed_at=killed_at, evaluated=evaluated)
         training_seconds = points[-1].seconds - points[0].seconds
         summary = Summary(
             accuracy_before=trained.accuracy_before,

@@ -62,6 +62,8 @@ def trajectories_by_verdict(ledger: pb.LedgerStatus) -> dict[str, int]:
 class Point:
     """One training step."""
 
+    step: int
+    """Of the version that it made."""
     seconds: float
     """Since the first step."""
     reward: float
@@ -75,6 +77,7 @@ def read_points(path: Path) -> list[Point]:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return [
             Point(
+                step=line["step"],
                 seconds=line["time"] - lines[0]["time"],
                 reward=line["reward_mean"],
                 lag_mean=line["lag_mean"],
@@ -88,12 +91,45 @@ def read_points(path: Path) -> list[Point]:
         ) from error
 
 
-def draw(points: Sequence[Point], path: Path, *, max_lag: int, killed_at: float | None = None) -> None:
-    """Writes a PNG: reward above, lag below, over the seconds of training."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """One version, on held-out tasks."""
+
+    step: int
+    reward: float
+    error: float
+
+
+def read_evaluations(path: Path) -> list[Evaluated]:
+    """Reads the run's evaluations.jsonl, as far as there are answers. Raises PenstockError."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        means = [(line, line["scores"]["mean"]) for line in lines]
+        return [
+            Evaluated(step=line["step"], reward=mean["reward_mean"], error=mean["reward_error"] or 0.0)
+            for line, mean in means
+            if mean is not None
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PenstockError(
+            f"{path}: expected the run's evaluations, a JSON object a line: {error!r}"
+        ) from error
+
+
+def draw(
+    points: Sequence[Point],
+    path: Path,
+    *,
+    max_lag: int,
+    killed_at: float | None = None,
+    evaluated: Sequence[Evaluated] = (),
+) -> None:
+    """Writes a PNG: reward above, lag below, over the seconds of training; versions stand where they were made."""
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
         figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
         _draw_reward(above, points)
+        _draw_evaluations(above, points, evaluated)
         _draw_lag(below, points, max_lag)
         if killed_at is not None:
             for axes in (above, below):
@@ -113,6 +149,23 @@ def _draw_reward(axes: Axes, points: Sequence[Point]) -> None:
     axes.set_ylim(min(0.0, *rewards), max(1.02, *rewards))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False)
+
+
+def _draw_evaluations(axes: Axes, points: Sequence[Point], evaluated: Sequence[Evaluated]) -> None:
+    made_at = {point.step: point.seconds for point in points}
+    if evaluated:
+        axes.errorbar(
+            [made_at.get(each.step, 0.0) for each in evaluated],
+            [each.reward for each in evaluated],
+            yerr=[each.error for each in evaluated],
+            color="tab:red",
+            marker="o",
+            markersize=4,
+            linestyle="none",
+            capsize=2,
+            label="held-out tasks, by version",
+        )
+        axes.legend(loc="lower right", frameon=False)
 
 
 def _draw_lag(axes: Axes, points: Sequence[Point], max_lag: int) -> None:

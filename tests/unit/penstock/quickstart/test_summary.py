@@ -4,18 +4,27 @@ from pathlib import Path
 import pytest
 
 from penstock.errors import PenstockError
-from penstock.quickstart.summary import Point, draw, read_points, smoothed, trajectories_by_verdict
+from penstock.quickstart.summary import (
+    Evaluated,
+    Point,
+    draw,
+    read_evaluations,
+    read_points,
+    smoothed,
+    trajectories_by_verdict,
+)
 from penstock.v1 import operator_pb2 as pb
 
 
 def test_points_are_read_from_the_trainers_metrics(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    step = {"reward_mean": 0.5, "lag_mean": 1.5, "lag_max": 2.0, "loss": 0.1}
-    path.write_text("".join(json.dumps({"time": 100.0 + second, **step}) + "\n" for second in (0, 3)))
+    measured = {"reward_mean": 0.5, "lag_mean": 1.5, "lag_max": 2.0, "loss": 0.1}
+    lines = [{"time": 100.0 + 3 * number, "step": number + 1, **measured} for number in (0, 1)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     assert read_points(path) == [
-        Point(seconds=0.0, reward=0.5, lag_mean=1.5, lag_max=2.0),
-        Point(seconds=3.0, reward=0.5, lag_mean=1.5, lag_max=2.0),
+        Point(step=1, seconds=0.0, reward=0.5, lag_mean=1.5, lag_max=2.0),
+        Point(step=2, seconds=3.0, reward=0.5, lag_mean=1.5, lag_max=2.0),
     ]
 
 
@@ -29,10 +38,22 @@ def test_metrics_that_cannot_be_read_are_named(tmp_path: Path, content: str | No
         read_points(path)
 
 
-def test_the_picture_is_a_png(tmp_path: Path) -> None:
-    points = [Point(seconds=float(i), reward=i / 10, lag_mean=1.0, lag_max=2.0) for i in range(10)]
+def test_evaluations_without_an_answer_are_left_out_of_the_picture(tmp_path: Path) -> None:
+    path = tmp_path / "evaluations.jsonl"
+    score = {"reward_mean": 0.5, "reward_error": 0.1}
+    lines = [{"step": 0, "scores": {"mean": score}}, {"step": 4, "scores": {"mean": None}}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    draw(points, tmp_path / "reward.png", max_lag=4, killed_at=3.0)
+    assert read_evaluations(path) == [Evaluated(step=0, reward=0.5, error=0.1)]
+
+
+def test_the_picture_is_a_png(tmp_path: Path) -> None:
+    points = [
+        Point(step=i + 1, seconds=float(i), reward=i / 10, lag_mean=1.0, lag_max=2.0) for i in range(10)
+    ]
+
+    evaluated = [Evaluated(step=0, reward=0.2, error=0.1), Evaluated(step=7, reward=0.9, error=0.0)]
+    draw(points, tmp_path / "reward.png", max_lag=4, killed_at=3.0, evaluated=evaluated)
 
     assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
 
