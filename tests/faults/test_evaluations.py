@@ -201,6 +201,7 @@ async def test_a_fault_is_counted_apart_and_never_a_reward(tmp_path: Path):
             assert line["scores"]["mean"]["reward_mean"] == pytest.approx(4 / 7)
 
 
+@pytest.mark.slow
 async def test_an_actor_that_leaves_gives_its_part_of_an_evaluation_back(tmp_path: Path):
     async with Bench(tmp_path, num_steps=6, max_lag=2, evaluation=EVALUATION) as bench:
         await bench.start(step_seconds=0.3)
