@@ -26,6 +26,7 @@ from transformers import AttentionInterface
 
 from learner.training.causal import causal_attention, hidden_from
 from learner.training.context import ContextGroup
+from learner.training.prefixes import Forest, take
 from learner.training.transfer import to_device
 
 PACKED = "penstock_packed"
@@ -63,12 +64,18 @@ class RowLayout:
     """Where a row's sequences begin and end. Lengths must not increase."""
 
     def __init__(
-        self, lengths: Sequence[int], device: torch.device, context: ContextGroup | None = None
+        self,
+        lengths: Sequence[int],
+        device: torch.device,
+        context: ContextGroup | None = None,
+        forest: Forest | None = None,
     ) -> None:
         self.lengths = tuple(lengths)
         self.device = device
         self.context = context
         """Who holds the row's other tokens; None where this rank holds all."""
+        self.forest = forest
+        """Where the row's tokens are nodes: the lengths are then those of its branches."""
         self.max_length = self.lengths[0]
 
     @cached_property
@@ -138,11 +145,17 @@ def packed_attention(
     query_THD, key_TKD, value_TKD = (states[0].transpose(0, 1) for states in (query, key, value))
     if row_layout.context is not None:
         query_THD, key_TKD, value_TKD = _take_heads(row_layout.context, query_THD, key_TKD, value_TKD)
+    if row_layout.forest is not None:
+        query_THD, key_TKD, value_TKD = (
+            take(states, row_layout.forest.branches_E) for states in (query_THD, key_TKD, value_TKD)
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         out = _varlen(query_THD, key_TKD, value_TKD, row_layout, scale, sliding_window)
     else:
         out = _bucketed(query_THD, key_TKD, value_TKD, row_layout, scale, sliding_window)
+    if row_layout.forest is not None:
+        out = take(out, row_layout.forest.places_U)
     if row_layout.context is not None:
         out = row_layout.context.heads_for_tokens(out)
     return out.unsqueeze(0), None

@@ -15,8 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from learner.training.prefixes import Forest, find_forest
 from learner.training.transfer import to_device
 from penstock.trajectory import TokenIds
+
+_WORTH_SHARING = 0.1
+"""Of the tokens of one prompt's sequences, what the prompt's repetitions must be for them to share a row."""
 
 ScalarT = TypeVar("ScalarT", bound=np.generic)
 
@@ -33,6 +37,12 @@ class TokenSequence:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def prompt(self) -> TokenIds:
+        """The tokens before the first that is learned from."""
+        learned = self.loss_mask[1:].astype(bool)
+        return self.token_ids[: 1 + int(learned.argmax())] if learned.any() else self.token_ids
 
     @property
     def num_sampled(self) -> int:
@@ -60,6 +70,8 @@ class PackedRow:
     """[S] int64: where in the row the prediction of each sampled token is read off."""
     targets_S: torch.Tensor
     """[S] int64: the sampled tokens."""
+    forest: Forest | None = None
+    """What its sequences have in common, where that is worth computing once."""
 
     @property
     def device(self) -> torch.device:
@@ -84,25 +96,64 @@ def padded(row: PackedRow, multiple: int) -> PackedRow:
     )
 
 
+def siblings(sequences: Sequence[TokenSequence], *, most_tokens: int) -> list[tuple[int, ...]]:
+    """Parts of a batch that are to share a row: sequences of one prompt, where that is much of them.
+
+    most_tokens: of a part of several, so that rows can still be filled and balanced with parts.
+    """
+    by_prompt: dict[bytes, list[int]] = {}
+    for index, sequence in enumerate(sequences):
+        by_prompt.setdefault(sequence.prompt.tobytes(), []).append(index)
+    parts: list[tuple[int, ...]] = []
+    for members in by_prompt.values():
+        common = len(sequences[members[0]].prompt) * (len(members) - 1)
+        if common < _WORTH_SHARING * sum(sequences[member].num_tokens for member in members):
+            parts += [(member,) for member in members]
+        else:
+            parts += _cut(members, [sequences[member].num_tokens for member in members], most_tokens)
+    return sorted(parts)
+
+
+def _cut(members: Sequence[int], lengths: Sequence[int], most_tokens: int) -> list[tuple[int, ...]]:
+    """Consecutive members, as many to a part as fit, and at least one."""
+    parts: list[list[int]] = []
+    room = 0
+    for member, length in zip(members, lengths, strict=True):
+        if not parts or length > room:
+            parts.append([])
+            room = most_tokens
+        parts[-1].append(member)
+        room -= length
+    return [tuple(part) for part in parts]
+
+
 def plan_rows(
-    lengths: Sequence[int], *, row_tokens: int, num_ranks: int, hidden_size: int
+    lengths: Sequence[int],
+    *,
+    row_tokens: int,
+    num_ranks: int,
+    hidden_size: int,
+    parts: Sequence[tuple[int, ...]] | None = None,
 ) -> list[list[tuple[int, ...]]]:
     """Distributes sequences over ranks and rows: result[rank][i] is a rank's i-th row, of indices into `lengths`.
 
     A row holds at most `row_tokens` tokens, or one sequence that is longer. Every rank has
     the same number of rows, since each row takes part in collectives; a row may be empty
     when there are fewer sequences than ranks. Rows that are evaluated together cost about
-    the same. Deterministic.
+    the same. Deterministic. parts: sequences that stay together; by default each stands alone.
     """
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    packed = _first_fit(order, lengths, row_tokens)
+    parts = [(index,) for index in range(len(lengths))] if parts is None else parts
+    tokens = [sum(lengths[index] for index in part) for part in parts]
+    costs = [sum(_cost(lengths[index], hidden_size) for index in part) for part in parts]
+    order = sorted(range(len(parts)), key=lambda index: (-tokens[index], index))
+    packed = _first_fit(order, tokens, row_tokens)
     num_rows = -(-len(packed) // num_ranks) * num_ranks
-    costs = [_cost(length, hidden_size) for length in lengths]
-    rows = _balanced(order, lengths, costs, row_tokens, num_rows)
+    rows = _balanced(order, tokens, costs, row_tokens, num_rows)
     if rows is None:
         rows = packed + [[] for _ in range(num_rows - len(packed))]
     rows.sort(key=lambda row: -sum(costs[index] for index in row))
-    return [[tuple(row) for row in rows[rank::num_ranks]] for rank in range(num_ranks)]
+    planned = [tuple(member for index in row for member in parts[index]) for row in rows]
+    return [planned[rank::num_ranks] for rank in range(num_ranks)]
 
 
 def join_rows(rows: Sequence[tuple[int, ...]], *, rows_per_pass: int) -> list[tuple[int, ...]]:
@@ -169,6 +220,21 @@ def pack(sequences: Sequence[TokenSequence], members: Sequence[int], device: tor
         positions_T=to_device(positions_T, device),
         predictors_S=to_device(sampled_S - 1, device),
         targets_S=to_device(token_ids_T[sampled_S], device),
+        forest=find_forest(lengths, token_ids_T, sampled_S - 1, device),
+    )
+
+
+def nodes_of(row: PackedRow) -> PackedRow:
+    """The row as its forest: a token for each node. Its lengths are those of the branches."""
+    forest = row.forest
+    if forest is None:
+        return row
+    return dataclasses.replace(
+        row,
+        lengths=forest.lengths,
+        token_ids_T=row.token_ids_T[forest.tokens_U],
+        positions_T=row.positions_T[forest.tokens_U],
+        predictors_S=forest.predictors_S,
     )
 
 

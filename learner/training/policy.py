@@ -8,6 +8,7 @@ where sequences cannot touch each other.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 from enum import StrEnum
@@ -21,7 +22,8 @@ from learner.training.adapters import Adapters
 from learner.training.attention import PACKED, AttentionUnsupported, RowLayout
 from learner.training.context import ContextGroup
 from learner.training.logprobs import score_logits, token_logprobs
-from learner.training.packing import PackedRow, padded
+from learner.training.packing import PackedRow, nodes_of, padded
+from learner.training.prefixes import take
 from learner.training.tensor_parallel import TensorGroup
 from learner.training.vocabulary import shared_token_logprobs
 from penstock.errors import ConfigError
@@ -85,7 +87,7 @@ class Policy(nn.Module):
 
     def forward(self, row: PackedRow, *, temperature: float) -> TokenScores:
         """Scores every sampled token of one row under softmax(logits / temperature)."""
-        row = padded(row, self._num_slices)
+        row = self._nodes_of(row)
         if self.context is None:
             logprobs_S, entropy_S = self._score(row, temperature)
         else:
@@ -99,18 +101,26 @@ class Policy(nn.Module):
         context = 1 if self.context is None else self.context.size
         return context * (1 if self.tensor is None else self.tensor.size)
 
+    def _nodes_of(self, row: PackedRow) -> PackedRow:
+        """What is computed of a row: its nodes, where this rank has it for itself."""
+        if self.evaluation.form is RowForm.PACKED and self._num_slices == 1:
+            return nodes_of(row)
+        return dataclasses.replace(padded(row, self._num_slices), forest=None)
+
+    def _layout(self, row: PackedRow) -> RowLayout:
+        return RowLayout(row.lengths, row.device, self.context, row.forest)
+
     def _score(self, row: PackedRow, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        layout = RowLayout(row.lengths, row.device, self.context)
+        layout = self._layout(row)
         if self.evaluation.split_head:
             hidden_TH, weight_VH = self._hidden(row, layout), self.causal_lm.get_output_embeddings().weight
             if self.tensor is not None:
                 hidden_SH = self.tensor.all_tokens(hidden_TH, summed=True)[row.predictors_S]
                 part = self.tensor.part_of(weight_VH)
                 return shared_token_logprobs(hidden_SH, part, row.targets_S, temperature=temperature)
-            return token_logprobs(
-                hidden_TH[row.predictors_S], weight_VH, row.targets_S, temperature=temperature
-            )
-        logits_SV = self._logits(row, layout)[row.predictors_S]
+            hidden_SH = take(hidden_TH, row.predictors_S)
+            return token_logprobs(hidden_SH, weight_VH, row.targets_S, temperature=temperature)
+        logits_SV = take(self._logits(row, layout), row.predictors_S)
         return score_logits(logits_SV, row.targets_S, temperature=temperature)
 
     def _hidden(self, row: PackedRow, layout: RowLayout) -> torch.Tensor:

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from learner.training.attention import RowLayout
 from learner.training.config import LoraConfig
 from learner.training.model import load_policy
 from learner.training.packing import PackedRow, TokenSequence
 from learner.training.parallel import local
 from learner.training.policy import Evaluation, Policy
+from learner.training.prefixes import take
 from penstock.errors import ConfigError
 
 HEAD = "score"
@@ -38,11 +38,11 @@ class ScalarModel(Policy):
         causal_lm.set_output_embeddings(nn.Identity())
 
     def _score(self, row: PackedRow, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden_TH = self._hidden(row, RowLayout(row.lengths, row.device, self.context))
+        hidden_TH = self._hidden(row, self._layout(row))
         if self.tensor is not None:
             hidden_TH = self.tensor.all_tokens(hidden_TH, summed=False)
         weight_1H = local(getattr(self.causal_lm, HEAD).weight)
-        numbers_S = nn.functional.linear(hidden_TH[row.predictors_S], weight_1H).squeeze(-1).float()
+        numbers_S = nn.functional.linear(take(hidden_TH, row.predictors_S), weight_1H).squeeze(-1).float()
         return numbers_S, torch.zeros_like(numbers_S)
 
 

@@ -13,10 +13,13 @@ from numpy.typing import NDArray
 
 from learner.algorithms.sums import Sums, add_sums
 from learner.training.optimizer import clip_gradients, step_if
-from learner.training.packing import PackedRow, TokenSequence, join_rows, pack, plan_rows
+from learner.training.packing import PackedRow, TokenSequence, join_rows, pack, plan_rows, siblings
 from learner.training.parallel import Ranks, accumulate, local, reshard
 from learner.training.policy import Policy, TokenScores
 from learner.training.transfer import HostCopy, to_device
+
+_PARTS_OF_A_ROW = 4
+"""Into so many at least a row divides, where siblings share it."""
 
 Objective = Callable[[PackedRow, TokenScores], tuple[torch.Tensor, Sums]]
 """A row's share of the update's loss, and its sums. Rows of a rank are added, ranks too."""
@@ -93,11 +96,14 @@ class Updater:
         return [flat[start:end] for start, end in zip(starts, ends, strict=True)]
 
     def _rows(self, sequences: Sequence[TokenSequence]) -> list[PackedRow]:
+        lengths, num_shares = [sequence.num_tokens for sequence in sequences], self.ranks.num_shares
+        most_tokens = min(self._row_tokens, sum(lengths) // num_shares) // _PARTS_OF_A_ROW
         plan = plan_rows(
-            [sequence.num_tokens for sequence in sequences],
+            lengths,
             row_tokens=self._row_tokens,
-            num_ranks=self.ranks.num_shares,
+            num_ranks=num_shares,
             hidden_size=self._hidden_size,
+            parts=siblings(sequences, most_tokens=most_tokens),
         )
         passes = join_rows(plan[self.ranks.share], rows_per_pass=self._rows_per_pass)
         return [pack(sequences, members, self.ranks.device) for members in passes]

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.training.packing import TokenSequence, join_rows, pack, plan_rows
+from learner.training.packing import TokenSequence, join_rows, pack, plan_rows, siblings
 
 CPU = torch.device("cpu")
 
@@ -83,3 +83,33 @@ def test_joined_rows_are_spread_over_as_few_passes_as_the_bound_allows() -> None
     assert join_rows(rows, rows_per_pass=2) == [(0, 3, 2, 4, 5), (1, 6), ()]
     assert join_rows(rows, rows_per_pass=4) == [(0, 3, 6), (1, 2, 4, 5)]
     assert join_rows(rows, rows_per_pass=5) == [(0, 3, 1, 2, 4, 5, 6)]
+
+
+def with_prompt(prompt: list[int], num_sampled: int) -> TokenSequence:
+    return sequence(prompt + [9] * num_sampled, [0] * len(prompt) + [1] * num_sampled)
+
+
+def test_sequences_of_one_prompt_are_parts_of_bounded_size() -> None:
+    batch = [with_prompt([group, 5, 6, 7], 4) for _ in range(5) for group in (1, 2)]
+    assert siblings(batch, most_tokens=24) == [(0, 2, 4), (1, 3, 5), (6, 8), (7, 9)]
+
+
+def test_sequences_whose_prompt_is_little_of_them_stand_alone() -> None:
+    batch = [with_prompt([5], 40), with_prompt([5], 40), with_prompt([6, 7], 1)]
+    assert siblings(batch, most_tokens=1000) == [(0,), (1,), (2,)]
+
+
+def test_a_sequence_larger_than_a_part_may_be_is_a_part_by_itself() -> None:
+    batch = [with_prompt([5] * 20, 1), with_prompt([5] * 20, 2)]
+    assert siblings(batch, most_tokens=8) == [(0,), (1,)]
+
+
+def test_parts_stay_together_and_rows_stay_within_the_budget() -> None:
+    lengths = [10] * 24
+    parts = [tuple(range(start, start + 3)) for start in range(0, 24, 3)]
+    plan = plan_rows(lengths, row_tokens=70, num_ranks=2, hidden_size=32, parts=parts)
+    rows = [row for rank in plan for row in rank]
+    assert sorted(member for row in rows for member in row) == list(range(24))
+    assert all(10 * len(row) <= 70 for row in rows)
+    for part in parts:
+        assert sum(set(part) <= set(row) for row in rows) == 1
