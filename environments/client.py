@@ -14,14 +14,15 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import grpc
 
 from environments import wire
 from environments.base import Description, Message, StepResult
+from environments.calls import CallFailed, StreamedCalls, call_alone
 from penstock import rpc
 from penstock.codec import task_to_wire
 from penstock.errors import EnvironmentFault, FaultKind, ProtocolError
@@ -31,19 +32,12 @@ from penstock.v1.environment_pb2_grpc import EnvironmentServiceStub
 
 _log = logging.getLogger(__name__)
 
-FAULT_KEY = "penstock-fault"
 _CLOSE_SECONDS = 2.0
 _MAX_RETRIES = 3
 _FIRST_PAUSE_SECONDS = 0.1
 _MAX_PAUSE_SECONDS = 2.0
 
-RequestT = TypeVar("RequestT", contravariant=True)
 ResponseT = TypeVar("ResponseT")
-ResponseT_co = TypeVar("ResponseT_co", covariant=True)
-
-
-class _Method(Protocol[RequestT, ResponseT_co]):
-    def __call__(self, request: RequestT, /, *, timeout: float) -> Awaitable[ResponseT_co]: ...
 
 
 class EnvironmentClient:
@@ -57,6 +51,8 @@ class EnvironmentClient:
         self.step_timeout_seconds = step_timeout_seconds
         self._channel = rpc.channel(address)
         self._stub = EnvironmentServiceStub(self._channel)
+        self._streamed: StreamedCalls | None = StreamedCalls(self._stub)
+        """None once the server has said that it takes single calls only."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -67,11 +63,13 @@ class EnvironmentClient:
         await self.close()
 
     async def close(self) -> None:
+        if self._streamed is not None:
+            await self._streamed.close()
         await self._channel.close()
 
     async def describe(self) -> Description:
         """Raises EnvironmentFault."""
-        response = await self._call(self._stub.Describe, pb.DescribeRequest(), self.reset_timeout_seconds)
+        response = await self._call("describe", pb.DescribeRequest(), self.reset_timeout_seconds)
         return self._read(wire.description_from_wire, response)
 
     @contextlib.asynccontextmanager
@@ -82,7 +80,7 @@ class EnvironmentClient:
         """
         try:
             request = pb.ResetRequest(session_id=session_id, fence=fence, task=task_to_wire(task))
-            response = await self._call(self._stub.Reset, request, self.reset_timeout_seconds)
+            response = await self._call("reset", request, self.reset_timeout_seconds)
             messages, digest = self._read(wire.reset_from_wire, response)
             yield Episode(
                 self, session_id=session_id, fence=fence, messages=messages, observation_digest=digest
@@ -94,36 +92,49 @@ class EnvironmentClient:
         """A session that cannot be closed expires."""
         request = pb.CloseRequest(session_id=session_id, fence=fence)
         try:
-            await self._stub.Close(request, timeout=_CLOSE_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            _log.debug("session %s at %s was not closed: %s", session_id, self.address, error.details())
+            await self._once("close", request, _CLOSE_SECONDS)
+        except CallFailed as failed:
+            _log.debug("session %s at %s was not closed: %s", session_id, self.address, failed)
 
     async def step(self, request: pb.StepRequest) -> StepResult:
         """One step of an Episode."""
-        response = await self._call(self._stub.Step, request, self.step_timeout_seconds)
+        response = await self._call("step", request, self.step_timeout_seconds)
         result = self._read(wire.result_from_wire, response)
         self._refuse_failed(result)
         return result
 
     async def renew(self, request: pb.RenewRequest) -> None:
         """Renews the lease of an Episode."""
-        await self._call(self._stub.Renew, request, self.reset_timeout_seconds)
+        await self._call("renew", request, self.reset_timeout_seconds)
 
-    async def _call(self, method: _Method[Any, ResponseT], request: object, seconds: float) -> ResponseT:
+    async def _call(self, name: str, request: object, seconds: float) -> Any:
         """Calls by a deadline; every call may be repeated, so a server that is away or full is asked again."""
         deadline = time.monotonic() + seconds
         num_retries, pause = 0, _FIRST_PAUSE_SECONDS
         while True:
             try:
-                return await method(request, timeout=max(deadline - time.monotonic(), 0.001))
-            except grpc.aio.AioRpcError as error:
-                away = error.code() is grpc.StatusCode.UNAVAILABLE and num_retries < _MAX_RETRIES
-                full = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                return await self._once(name, request, max(deadline - time.monotonic(), 0.001))
+            except CallFailed as failed:
+                away = failed.code is grpc.StatusCode.UNAVAILABLE and num_retries < _MAX_RETRIES
+                full = failed.code is grpc.StatusCode.RESOURCE_EXHAUSTED
                 if not (away or full) or time.monotonic() + pause >= deadline:
-                    raise self._fault(error) from None
+                    raise self._fault(failed) from None
                 num_retries += away
             await asyncio.sleep(pause)
             pause = min(2 * pause, _MAX_PAUSE_SECONDS)
+
+    async def _once(self, name: str, request: object, seconds: float) -> Any:
+        """Over the stream, if the server has one. Raises CallFailed."""
+        if self._streamed is not None and name != "describe":
+            try:
+                return await self._streamed(name, request, seconds)
+            except CallFailed as failed:
+                if failed.code is not grpc.StatusCode.UNIMPLEMENTED:
+                    raise
+            if self._streamed is not None:
+                _log.info("the environment at %s takes single calls only", self.address)
+                self._streamed = None
+        return await call_alone(self._stub, name, request, seconds)
 
     def _read(self, read: Callable[[Any], ResponseT], response: object) -> ResponseT:
         try:
@@ -142,11 +153,12 @@ class EnvironmentClient:
                 kind=kind,
             )
 
-    def _fault(self, error: grpc.aio.AioRpcError) -> EnvironmentFault:
-        told = dict(error.trailing_metadata() or ()).get(FAULT_KEY)
-        is_data = told == FaultKind.DATA if told else error.code() is grpc.StatusCode.OUT_OF_RANGE
+    def _fault(self, failed: CallFailed) -> EnvironmentFault:
+        is_data = (
+            failed.fault == FaultKind.DATA if failed.fault else failed.code is grpc.StatusCode.OUT_OF_RANGE
+        )
         return EnvironmentFault(
-            f"the environment at {self.address} failed with {error.code().name}: {error.details()}",
+            f"the environment at {self.address} failed with {failed.code.name}: {failed.details}",
             kind=FaultKind.DATA if is_data else FaultKind.INFRASTRUCTURE,
         )
 

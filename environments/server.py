@@ -106,6 +106,7 @@ async def _serve(
         await stopping
     finally:
         await health.enter_graceful_shutdown()
+        service.end_streams()
         await server.stop(_DRAIN_SECONDS)
         reaper.cancel()
         service.stop()

@@ -14,16 +14,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, NoReturn
 
 import grpc
 
 from environments import wire
 from environments.base import Message, StepResult
+from environments.calls import FAULT_KEY
 from environments.hosts import Episode, Host
 from environments.pool import PoolBusy
 from environments.sessions import Call, Refusal, Session, SessionRefused, SessionTable
+from environments.streams import Calls, Context
 from environments.worker_process import WorkerTimeout
 from penstock.codec import task_from_wire
 from penstock.errors import EnvironmentFault, FaultKind, ProtocolError
@@ -33,14 +35,13 @@ from penstock.v1.environment_pb2_grpc import EnvironmentServiceServicer
 
 _log = logging.getLogger(__name__)
 
-FAULT_KEY = "penstock-fault"
 MAX_ACTION_BYTES = 4 * 1024 * 1024
 _MAX_ID_CHARACTERS = 256
 
 Response = pb.ResetResponse | pb.StepResponse
 Outcome = asyncio.Task[Response | EnvironmentFault]
 _Session = Session[Episode, Outcome]
-_Context = grpc.aio.ServicerContext[Any, Any]
+_Context = Context
 
 _CODES = {
     Refusal.FENCED: grpc.StatusCode.ABORTED,
@@ -71,6 +72,7 @@ class EnvironmentService(EnvironmentServiceServicer):
             clock=clock,
         )
         self._running: set[asyncio.Task[Any]] = set()
+        self._streams: set[Calls] = set()
 
     async def Describe(self, request: pb.DescribeRequest, context: _Context) -> pb.DescribeResponse:
         return wire.description_to_wire(self._description)
@@ -131,6 +133,25 @@ class EnvironmentService(EnvironmentServiceServicer):
         if session is not None:
             self._release(session)
         return pb.CloseResponse()
+
+    async def Play(
+        self, request_iterator: AsyncIterator[pb.PlayRequest], context: object
+    ) -> AsyncIterator[pb.PlayResponse]:
+        calls = Calls(
+            {"reset": self.Reset, "step": self.Step, "renew": self.Renew, "close": self.Close},
+            lambda work, name: self._spawn(work, name=name),
+        )
+        self._streams.add(calls)
+        try:
+            async for response in calls.answers(request_iterator):
+                yield response
+        finally:
+            self._streams.discard(calls)
+
+    def end_streams(self) -> None:
+        """No stream takes more calls, so that each ends when those under way are answered."""
+        for calls in self._streams:
+            calls.end()
 
     async def reap(self) -> NoReturn:
         """Closes expired sessions, for as long as the server runs."""

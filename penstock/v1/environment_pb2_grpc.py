@@ -59,6 +59,11 @@ class EnvironmentServiceStub(object):
                 request_serializer=penstock_dot_v1_dot_environment__pb2.CloseRequest.SerializeToString,
                 response_deserializer=penstock_dot_v1_dot_environment__pb2.CloseResponse.FromString,
                 _registered_method=True)
+        self.Play = channel.stream_stream(
+                '/penstock.v1.EnvironmentService/Play',
+                request_serializer=penstock_dot_v1_dot_environment__pb2.PlayRequest.SerializeToString,
+                response_deserializer=penstock_dot_v1_dot_environment__pb2.PlayResponse.FromString,
+                _registered_method=True)
 
 
 class EnvironmentServiceServicer(object):
@@ -99,6 +104,15 @@ class EnvironmentServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Play(self, request_iterator, context):
+        """The calls above, many at a time over one stream: what waits on either side goes in one
+        message, and answers come as they are found, in any order. Optional: where a server
+        answers UNIMPLEMENTED, drivers make single calls.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EnvironmentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -126,6 +140,11 @@ def add_EnvironmentServiceServicer_to_server(servicer, server):
                     servicer.Close,
                     request_deserializer=penstock_dot_v1_dot_environment__pb2.CloseRequest.FromString,
                     response_serializer=penstock_dot_v1_dot_environment__pb2.CloseResponse.SerializeToString,
+            ),
+            'Play': grpc.stream_stream_rpc_method_handler(
+                    servicer.Play,
+                    request_deserializer=penstock_dot_v1_dot_environment__pb2.PlayRequest.FromString,
+                    response_serializer=penstock_dot_v1_dot_environment__pb2.PlayResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -263,6 +282,33 @@ class EnvironmentService(object):
             '/penstock.v1.EnvironmentService/Close',
             penstock_dot_v1_dot_environment__pb2.CloseRequest.SerializeToString,
             penstock_dot_v1_dot_environment__pb2.CloseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Play(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/penstock.v1.EnvironmentService/Play',
+            penstock_dot_v1_dot_environment__pb2.PlayRequest.SerializeToString,
+            penstock_dot_v1_dot_environment__pb2.PlayResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -58,6 +58,11 @@ class EnvironmentServiceStub:
     """Extends the session's lease by its time-to-live."""
     Close: _grpc.UnaryUnaryMultiCallable[_environment_pb2.CloseRequest, _environment_pb2.CloseResponse]
     """Ends a session; closing one that is gone is no error."""
+    Play: _grpc.StreamStreamMultiCallable[_environment_pb2.PlayRequest, _environment_pb2.PlayResponse]
+    """The calls above, many at a time over one stream: what waits on either side goes in one
+    message, and answers come as they are found, in any order. Optional: where a server
+    answers UNIMPLEMENTED, drivers make single calls.
+    """
 
 @_typing.type_check_only
 class EnvironmentServiceAsyncStub(EnvironmentServiceStub):
@@ -73,6 +78,11 @@ class EnvironmentServiceAsyncStub(EnvironmentServiceStub):
     """Extends the session's lease by its time-to-live."""
     Close: _aio.UnaryUnaryMultiCallable[_environment_pb2.CloseRequest, _environment_pb2.CloseResponse]  # type: ignore[assignment]
     """Ends a session; closing one that is gone is no error."""
+    Play: _aio.StreamStreamMultiCallable[_environment_pb2.PlayRequest, _environment_pb2.PlayResponse]  # type: ignore[assignment]
+    """The calls above, many at a time over one stream: what waits on either side goes in one
+    message, and answers come as they are found, in any order. Optional: where a server
+    answers UNIMPLEMENTED, drivers make single calls.
+    """
 
 class EnvironmentServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -115,5 +125,16 @@ class EnvironmentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_environment_pb2.CloseResponse, _abc.Awaitable[_environment_pb2.CloseResponse]]:
         """Ends a session; closing one that is gone is no error."""
+
+    @_abc_1.abstractmethod
+    def Play(
+        self,
+        request_iterator: _MaybeAsyncIterator[_environment_pb2.PlayRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_environment_pb2.PlayResponse], _abc.AsyncIterator[_environment_pb2.PlayResponse]]:
+        """The calls above, many at a time over one stream: what waits on either side goes in one
+        message, and answers come as they are found, in any order. Optional: where a server
+        answers UNIMPLEMENTED, drivers make single calls.
+        """
 
 def add_EnvironmentServiceServicer_to_server(servicer: EnvironmentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 import grpc
@@ -16,6 +17,7 @@ import pytest
 from environments import wire
 from environments.base import Description, Message
 from environments.client import EnvironmentClient
+from environments.streams import Calls
 from penstock import rpc
 from penstock.errors import EnvironmentFault, FaultKind
 from penstock.trajectory import Task
@@ -76,21 +78,67 @@ class FakeServer(EnvironmentServiceServicer):
         return pb.CloseResponse()
 
 
+class StreamingServer(FakeServer):
+    """Takes the same calls over a stream too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.message_sizes: list[int] = []
+        """Calls of each message."""
+        self.breaks = 0
+        """Streams that end at their first message."""
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        return task
+
+    async def _requests(self, requests: AsyncIterator[pb.PlayRequest]) -> AsyncIterator[pb.PlayRequest]:
+        async for request in requests:
+            self.message_sizes.append(len(request.calls))
+            if self.breaks > 0:
+                self.breaks -= 1
+                return
+            yield request
+
+    async def Play(
+        self, request_iterator: AsyncIterator[pb.PlayRequest], context: Any
+    ) -> AsyncIterator[pb.PlayResponse]:
+        handlers = {"reset": self.Reset, "step": self.Step, "renew": self.Renew, "close": self.Close}
+        async for response in Calls(handlers, self._spawn).answers(self._requests(request_iterator)):
+            yield response
+
+
+@pytest.fixture(params=[FakeServer, StreamingServer], ids=["single calls", "a stream"])
+async def fake(request: pytest.FixtureRequest) -> FakeServer:
+    made: FakeServer = request.param()
+    return made
+
+
 @pytest.fixture
-async def fake() -> FakeServer:
-    return FakeServer()
+async def streaming() -> AsyncIterator[tuple[StreamingServer, EnvironmentClient]]:
+    async with connected_to(StreamingServer()) as (server, client):
+        assert isinstance(server, StreamingServer)
+        yield server, client
 
 
 @pytest.fixture
 async def client(fake: FakeServer) -> AsyncIterator[EnvironmentClient]:
+    async with connected_to(fake) as (_, connected):
+        yield connected
+
+
+@contextlib.asynccontextmanager
+async def connected_to(fake: FakeServer) -> AsyncIterator[tuple[FakeServer, EnvironmentClient]]:
     server = rpc.server()
     add_EnvironmentServiceServicer_to_server(fake, server)
     port = rpc.bind(server, "127.0.0.1:0")
     await server.start()
     async with EnvironmentClient(
         f"127.0.0.1:{port}", reset_timeout_seconds=5.0, step_timeout_seconds=5.0
-    ) as connected:
-        yield connected
+    ) as client:
+        yield fake, client
     await server.stop(0)
 
 
@@ -113,6 +161,45 @@ async def test_an_episode_is_opened_stepped_and_closed(client: EnvironmentClient
         assert (await episode.step("4")).reward.value == 1.0
     assert (fake.steps[0].fence, fake.steps[0].step_index, fake.steps[0].action) == (3, 0, "4")
     assert fake.closed == ["a"]
+
+
+Streaming = tuple[StreamingServer, EnvironmentClient]
+
+
+async def test_sessions_that_are_played_at_once_share_messages(streaming: Streaming) -> None:
+    server, client = streaming
+
+    async def play_one(number: int) -> float | None:
+        async with client.session(session_id=f"s{number}", fence=0, task=TASK) as episode:
+            return (await episode.step(str(number))).reward.value
+
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        playing = [group.create_task(play_one(number)) for number in range(50)]
+    assert [task.result() for task in playing] == [1.0] * 50
+    assert sum(server.message_sizes) == 150
+    assert len(server.message_sizes) < 75
+    assert {request.action for request in server.steps} == {str(number) for number in range(50)}
+
+
+async def test_a_stream_that_broke_is_opened_again_and_its_calls_are_repeated(streaming: Streaming) -> None:
+    server, client = streaming
+    server.breaks = 2
+    await play(client)
+    assert server.closed == ["a"]
+
+
+async def test_an_answer_that_never_comes_is_a_fault_at_its_deadline(streaming: Streaming) -> None:
+    server, client = streaming
+    server.reset = asyncio.Event()
+
+    async def never(request: pb.ResetRequest, context: Any) -> pb.ResetResponse:
+        await server.reset.wait()
+        raise AssertionError
+
+    server.Reset = never  # type: ignore[method-assign]
+    client.reset_timeout_seconds = 0.2
+    with a_fault(FaultKind.INFRASTRUCTURE):
+        await play(client)
 
 
 async def test_steps_are_numbered(client: EnvironmentClient, fake: FakeServer) -> None:

@@ -1,0 +1,160 @@
+"""How a driver's calls reach a server: one RPC each, or many at a time over one stream.
+
+    reset, step, close of many sessions --> queue --> writer ==stream==> server
+    each one's future            <--  reader  <==stream==  as answers are found
+
+A stream is opened by the first call, and again by the next one after it broke. What waits
+on a stream that breaks fails with its status; every call may be repeated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from penstock.errors import PenstockError
+from penstock.rpc import to_duration
+from penstock.v1 import environment_pb2 as pb
+from penstock.v1.environment_pb2_grpc import EnvironmentServiceStub
+
+FAULT_KEY = "penstock-fault"
+CODES = {code.value[0]: code for code in grpc.StatusCode}
+MAX_BYTES = 4 * 1024 * 1024
+"""Of one message, unless a single call has more."""
+
+_Stream = grpc.aio.StreamStreamCall[pb.PlayRequest, pb.PlayResponse]
+
+
+class CallFailed(PenstockError):
+    """A call's status, when it is not OK."""
+
+    def __init__(self, code: grpc.StatusCode, details: str, fault: str = "") -> None:
+        super().__init__(f"{code.name}: {details}")
+        self.code = code
+        self.details = details
+        self.fault = fault
+        """The kind that the server told, if it did."""
+
+    @classmethod
+    def of(cls, error: grpc.aio.AioRpcError) -> CallFailed:
+        told = dict(error.trailing_metadata() or ()).get(FAULT_KEY, "")
+        return cls(error.code(), error.details() or "", str(told))
+
+
+async def call_alone(stub: EnvironmentServiceStub, name: str, request: Any, seconds: float) -> Any:
+    """One RPC. Raises CallFailed."""
+    try:
+        return await getattr(stub, name.capitalize())(request, timeout=seconds)
+    except grpc.aio.AioRpcError as error:
+        raise CallFailed.of(error) from None
+
+
+class StreamedCalls:
+    """All calls of one event loop to one server."""
+
+    def __init__(self, stub: EnvironmentServiceStub) -> None:
+        self._stub = stub
+        self._conversation: _Conversation | None = None
+
+    async def __call__(self, name: str, request: Any, seconds: float) -> Any:
+        """Raises CallFailed."""
+        if self._conversation is None or self._conversation.is_over:
+            self._conversation = _Conversation(self._stub.Play)
+        try:
+            async with asyncio.timeout(seconds):
+                answer = await self._conversation.ask(name, request, seconds)
+        except TimeoutError:
+            raise CallFailed(
+                grpc.StatusCode.DEADLINE_EXCEEDED, f"no answer to {name} within {seconds:.3g} s"
+            ) from None
+        if answer.HasField("failure"):
+            failure = answer.failure
+            code = CODES.get(failure.code, grpc.StatusCode.UNKNOWN)
+            raise CallFailed(code, failure.message, failure.fault)
+        if answer.WhichOneof("response") != name:
+            raise CallFailed(grpc.StatusCode.INTERNAL, f"the answer to {name} is none")
+        return getattr(answer, name)
+
+    async def close(self) -> None:
+        if self._conversation is not None:
+            await self._conversation.close()
+
+
+class _Conversation:
+    """One stream, from its opening to its end."""
+
+    def __init__(self, open_stream: Callable[[], _Stream]) -> None:
+        self._stream = open_stream()
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[pb.Answer]] = {}
+        self._unsent: deque[pb.Call] = deque()
+        self._queued = asyncio.Event()
+        self._running = asyncio.create_task(self._run(), name="stream of environment calls")
+
+    @property
+    def is_over(self) -> bool:
+        return self._running.done()
+
+    async def ask(self, name: str, request: Any, seconds: float) -> pb.Answer:
+        """Waits for the answer; the caller bounds the wait. Raises CallFailed if the stream ends before."""
+        call_id = next(self._ids)
+        future = self._waiting[call_id] = asyncio.get_running_loop().create_future()
+        self._unsent.append(pb.Call(call_id=call_id, timeout=to_duration(seconds), **{name: request}))
+        self._queued.set()
+        try:
+            return await future
+        finally:
+            self._waiting.pop(call_id, None)
+
+    async def close(self) -> None:
+        self._running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._running
+
+    async def _run(self) -> None:
+        """Reads to the end; then whoever still waits hears why."""
+        reason = CallFailed(grpc.StatusCode.UNAVAILABLE, "the server ended the stream")
+        writing = asyncio.create_task(self._write(), name="writer of environment calls")
+        try:
+            await self._read()
+        except grpc.aio.AioRpcError as error:
+            reason = CallFailed.of(error)
+        finally:
+            writing.cancel()
+            self._stream.cancel()
+            for future in self._waiting.values():
+                if not future.done():
+                    future.set_exception(reason)
+
+    async def _read(self) -> None:
+        while isinstance(response := await self._stream.read(), pb.PlayResponse):
+            for answer in response.answers:
+                future = self._waiting.get(answer.call_id)
+                if future is not None and not future.done():
+                    future.set_result(answer)
+
+    async def _write(self) -> None:
+        """Sends what is queued. Why a stream has ended is for the reader to find."""
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            while True:
+                await self._queued.wait()
+                # Whoever is ready to run in this turn of the loop comes along.
+                await asyncio.sleep(0)
+                self._queued.clear()
+                while self._unsent:
+                    await self._stream.write(pb.PlayRequest(calls=take(self._unsent)))
+
+
+def take(queue: deque[Any]) -> list[Any]:
+    """The first messages of a queue, at least one and as many as fit."""
+    taken = [queue.popleft()]
+    num_bytes = taken[0].ByteSize()
+    while queue and (num_bytes := num_bytes + queue[0].ByteSize()) <= MAX_BYTES:
+        taken.append(queue.popleft())
+    return taken
