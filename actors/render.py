@@ -8,6 +8,7 @@ the concatenation of its messages' contents.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,8 @@ from penstock.trajectory import TokenIds
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_NUM_PROMPTS = 64
+"""Remembered: about as many groups as an actor plays at once."""
 _ASSISTANT = "\u241f"
 """Stands for a turn of the policy when the template is asked what follows one."""
 
@@ -30,9 +33,13 @@ class Renderer:
         self._tokenizer = tokenizer
         self._has_template = bool(getattr(tokenizer, "chat_template", None))
         self.stop_ids = frozenset(i for i in (tokenizer.eos_token_id,) if i is not None)
+        self._first = lru_cache(maxsize=_NUM_PROMPTS)(self._render_first)
 
     def first(self, messages: Sequence[Message]) -> TokenIds:
-        """[P] int32: the prompt of an episode."""
+        """[P] int32, not to be written to: the prompt of an episode. Siblings, who share it, are rendered once."""
+        return self._first(tuple(messages))
+
+    def _render_first(self, messages: tuple[Message, ...]) -> TokenIds:
         if not self._has_template:
             return self._ids(_plain(messages), special=True)
         return self._ids(self._template(_dicts(messages)), special=False)
@@ -66,7 +73,9 @@ class Renderer:
         )
 
     def _ids(self, text: str, *, special: bool) -> TokenIds:
-        return np.asarray(self._tokenizer(text, add_special_tokens=special)["input_ids"], dtype=np.int32)
+        ids = np.asarray(self._tokenizer(text, add_special_tokens=special)["input_ids"], dtype=np.int32)
+        ids.flags.writeable = False
+        return ids
 
 
 def _plain(messages: Sequence[Message]) -> str:

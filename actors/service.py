@@ -53,6 +53,7 @@ LEASE_WAIT_SECONDS = 10.0
 _FINISH_SECONDS = 2.0
 _RETURN_SECONDS = 2.5
 _FLUSH_SECONDS = 3.0
+_GATHER_SECONDS = 0.005
 _PIECE_SECONDS = 0.25
 """Between two heartbeats that bring pieces of rollouts, at the least."""
 LOOP_SECONDS = 120.0
@@ -228,6 +229,8 @@ class Actor:
             elif free <= 0:
                 self._room.clear()
                 await self._wait(self._room, LEASE_WAIT_SECONDS)
+                # Siblings end together: one question for all of them.
+                await asyncio.sleep(_GATHER_SECONDS)
             else:
                 with self.waits.on("a lease", owner="the learner", limit_seconds=LEASE_WAIT_SECONDS):
                     leases = await unless_stopped(self._acquire(free), self._stop, name="acquire leases")

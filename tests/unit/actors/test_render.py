@@ -51,3 +51,22 @@ def test_special_tokens_are_no_part_of_the_text():
     assert (
         Renderer(made).text([*made("ab", add_special_tokens=False)["input_ids"], made.eos_token_id]) == "ab"
     )
+
+
+def test_a_prompt_that_siblings_share_is_rendered_once():
+    class Counting:
+        eos_token_id = 1
+        chat_template = None
+        num_calls = 0
+
+        def __call__(self, text, *, add_special_tokens):  # type: ignore[no-untyped-def]
+            self.num_calls += 1
+            return {"input_ids": [ord(character) for character in text]}
+
+    made = Counting()
+    renderer = Renderer(made)  # type: ignore[arg-type]
+    other = Message(role="user", content="c")
+    prompts = [renderer.first(messages) for messages in ([USER], [USER], (USER,), [other])]
+    assert [prompt.tolist() for prompt in prompts] == [[97, 98]] * 3 + [[99]]
+    assert made.num_calls == 2
+    assert not prompts[0].flags.writeable
