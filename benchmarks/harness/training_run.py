@@ -139,8 +139,13 @@ class Laboratory:
         max_lag: int,
         num_steps: int,
         environment: str = "",
+        num_actors: int = 2,
+        num_slots: int = 64,
     ) -> Run:
-        """Trains from the warm-started policy with two actors; everything of the run ends with it."""
+        """Trains from the warm-started policy; everything of the run ends with it.
+
+        num_slots: of each actor.
+        """
         folder = self.folder / name
         folder.mkdir()
         address = f"127.0.0.1:{_free_port()}"
@@ -153,9 +158,12 @@ class Laboratory:
         (folder / "run.toml").write_text(text, encoding="utf-8")
         async with Programs(folder / "logs") as programs:
             learner = await programs.start("learner", ["learner", str(folder / "run.toml")], may_finish=True)
-            actors = [await _start_actor(programs, address, number) for number in (1, 2)]
+            actors = [
+                await _start_actor(programs, address, number, num_slots)
+                for number in range(1, num_actors + 1)
+            ]
             await programs.ready(learner, "learner ready on", timeout_seconds=_START_SECONDS)
-            status, began, idle = await _watch(programs, address)
+            status, began, idle = await _watch(programs, address, num_actors)
             for program in (learner, *actors):
                 await programs.finished(program, timeout_seconds=_START_SECONDS)
         return Run(
@@ -180,15 +188,17 @@ class Laboratory:
         await self._programs.run("warm-start", ["train", "sft", str(settings)], timeout_seconds=_RUN_SECONDS)
 
 
-async def _start_actor(programs: Programs, address: str, number: int) -> Program:
-    arguments = ("actor", "--learner", address, "--name", f"actor-{number}", "--num-slots", "64")
+async def _start_actor(programs: Programs, address: str, number: int, num_slots: int) -> Program:
+    arguments = ("actor", "--learner", address, "--name", f"actor-{number}", "--num-slots", str(num_slots))
     return await programs.start(
         f"actor-{number}", [*arguments, "--device", "cpu"], may_finish=True, is_client=True
     )
 
 
-async def _watch(programs: Programs, address: str) -> tuple[pb.GetStatusResponse, float, float]:
-    """The last status, when both actors were ready, and the share of observations that saw an idle engine."""
+async def _watch(
+    programs: Programs, address: str, num_actors: int
+) -> tuple[pb.GetStatusResponse, float, float]:
+    """The last status, when the actors had joined, and the share of observations that saw an idle engine."""
     began, num_seen, num_idle = 0.0, 0, 0
     async with asyncio.timeout(_RUN_SECONDS), RunClient(address) as run:
         while True:
@@ -198,7 +208,7 @@ async def _watch(programs: Programs, address: str) -> tuple[pb.GetStatusResponse
                 status = await run.status()
             except PeerLost:
                 continue
-            if not began and status.version.epoch and len(status.actors) == 2:
+            if not began and status.version.epoch and len(status.actors) == num_actors:
                 began = time.time()
             if status.state == pb.RUN_STATE_FINISHED:
                 return status, began, num_idle / max(num_seen, 1)
