@@ -27,6 +27,8 @@ from penstock.trajectory import PolicyVersion, VersionSpan
 from tests.tiny_policy import write_tiny_policy
 from tests.trainer_fakes import make_batch, make_trajectory
 
+ADAM_EPS = 1e-6
+"""Larger than rounding, so that Adam does not make steps of what is left of gradients of 0."""
 ONE_RANK = Ranks(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
 MAX_TOKENS = 9
 """So that some answers of these batches are overlong."""
@@ -74,12 +76,12 @@ class Bench:
         with torch.no_grad():
             for parameter, values in zip(self.policy.parameters(), self.first, strict=True):
                 parameter.copy_(values)
-        optimizer = make_optimizer(self.policy, OptimizerConfig(learning_rate=1e-3))
+        optimizer = make_optimizer(self.policy, OptimizerConfig(learning_rate=1e-3, eps=ADAM_EPS))
         return Updater(self.policy, optimizer, ONE_RANK, row_tokens=row_tokens, max_grad_norm=1.0)
 
     def critic(self, recipe: Recipe, *, row_tokens: int) -> Critic:
         model = load_scalar_model(self.folder)
-        optimizer = make_optimizer(model, OptimizerConfig(learning_rate=1e-3))
+        optimizer = make_optimizer(model, OptimizerConfig(learning_rate=1e-3, eps=ADAM_EPS))
         updater = Updater(model, optimizer, ONE_RANK, row_tokens=row_tokens, max_grad_norm=1.0)
         rate = recipe.critic_learning_rate
         return Critic(updater, learning_rate=rate, gamma=recipe.gae_gamma, lam=recipe.gae_lambda)

@@ -28,6 +28,8 @@ from learner.training.updater import Updater
 from penstock.errors import ConfigError
 from tests.tiny_policy import write_tiny_policy
 
+ADAM_EPS = 1e-6
+"""Larger than rounding, so that Adam does not make steps of what is left of gradients of 0."""
 ONE_RANK = Ranks(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
 
 
@@ -42,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_updater(policy, *, row_tokens: int = 256) -> Updater:  # type: ignore[no-untyped-def]
-    optimizer = make_optimizer(policy, OptimizerConfig(learning_rate=1e-3))
+    optimizer = make_optimizer(policy, OptimizerConfig(learning_rate=1e-3, eps=ADAM_EPS))
     return Updater(policy, optimizer, ONE_RANK, row_tokens=row_tokens, max_grad_norm=1e9)
 
 
