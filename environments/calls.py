@@ -21,7 +21,6 @@ import grpc
 from penstock.errors import PenstockError
 from penstock.rpc import to_duration
 from penstock.v1 import environment_pb2 as pb
-from penstock.v1.environment_pb2_grpc import EnvironmentServiceStub
 
 FAULT_KEY = "penstock-fault"
 CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -47,8 +46,8 @@ class CallFailed(PenstockError):
         return cls(error.code(), error.details() or "", str(told))
 
 
-async def call_alone(stub: EnvironmentServiceStub, name: str, request: Any, seconds: float) -> Any:
-    """One RPC. Raises CallFailed."""
+async def call_alone(stub: Any, name: str, request: Any, seconds: float) -> Any:
+    """One RPC of an EnvironmentServiceStub. Raises CallFailed."""
     try:
         return await getattr(stub, name.capitalize())(request, timeout=seconds)
     except grpc.aio.AioRpcError as error:
@@ -58,14 +57,14 @@ async def call_alone(stub: EnvironmentServiceStub, name: str, request: Any, seco
 class StreamedCalls:
     """All calls of one event loop to one server."""
 
-    def __init__(self, stub: EnvironmentServiceStub) -> None:
-        self._stub = stub
+    def __init__(self, open_stream: Callable[[], _Stream]) -> None:
+        self._open_stream = open_stream
         self._conversation: _Conversation | None = None
 
     async def __call__(self, name: str, request: Any, seconds: float) -> Any:
         """Raises CallFailed."""
         if self._conversation is None or self._conversation.is_over:
-            self._conversation = _Conversation(self._stub.Play)
+            self._conversation = _Conversation(self._open_stream)
         try:
             async with asyncio.timeout(seconds):
                 answer = await self._conversation.ask(name, request, seconds)
@@ -104,7 +103,8 @@ class _Conversation:
     async def ask(self, name: str, request: Any, seconds: float) -> pb.Answer:
         """Waits for the answer; the caller bounds the wait. Raises CallFailed if the stream ends before."""
         call_id = next(self._ids)
-        future = self._waiting[call_id] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[pb.Answer] = asyncio.get_running_loop().create_future()
+        self._waiting[call_id] = future
         self._unsent.append(pb.Call(call_id=call_id, timeout=to_duration(seconds), **{name: request}))
         self._queued.set()
         try:

@@ -51,7 +51,7 @@ class EnvironmentClient:
         self.step_timeout_seconds = step_timeout_seconds
         self._channel = rpc.channel(address)
         self._stub = EnvironmentServiceStub(self._channel)
-        self._streamed: StreamedCalls | None = StreamedCalls(self._stub)
+        self._streamed: StreamedCalls | None = StreamedCalls(self._stub.Play)
         """None once the server has said that it takes single calls only."""
 
     async def __aenter__(self) -> Self:

@@ -25,7 +25,7 @@ from environments.calls import FAULT_KEY
 from environments.hosts import Episode, Host
 from environments.pool import PoolBusy
 from environments.sessions import Call, Refusal, Session, SessionRefused, SessionTable
-from environments.streams import Calls, Context
+from environments.streams import Calls
 from environments.worker_process import WorkerTimeout
 from penstock.codec import task_from_wire
 from penstock.errors import EnvironmentFault, FaultKind, ProtocolError
@@ -41,7 +41,7 @@ _MAX_ID_CHARACTERS = 256
 Response = pb.ResetResponse | pb.StepResponse
 Outcome = asyncio.Task[Response | EnvironmentFault]
 _Session = Session[Episode, Outcome]
-_Context = Context
+_Context = grpc.aio.ServicerContext[Any, Any]
 
 _CODES = {
     Refusal.FENCED: grpc.StatusCode.ABORTED,

@@ -7,7 +7,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import grpc
 
@@ -21,16 +21,6 @@ MAX_CALLS = 4096
 """Of one stream at a time; more are not read."""
 
 
-class Context(Protocol):
-    """What a call's handler asks of its context; gRPC's own has it too."""
-
-    def time_remaining(self) -> float | None: ...
-
-    async def abort(
-        self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = (), /
-    ) -> NoReturn: ...
-
-
 class Aborted(Exception):
     """A handler's way out with a status."""
 
@@ -40,7 +30,7 @@ class Aborted(Exception):
 
 
 class CallContext:
-    """Of one call in a stream."""
+    """What a handler asks of gRPC's context, for one call in a stream."""
 
     def __init__(self, seconds: float | None) -> None:
         self._deadline = None if seconds is None else time.monotonic() + seconds

@@ -17,7 +17,7 @@ import pytest
 from environments import wire
 from environments.base import Description, Message
 from environments.client import EnvironmentClient
-from environments.streams import Calls
+from environments.streams import Calls, Handlers
 from penstock import rpc
 from penstock.errors import EnvironmentFault, FaultKind
 from penstock.trajectory import Task
@@ -105,7 +105,12 @@ class StreamingServer(FakeServer):
     async def Play(
         self, request_iterator: AsyncIterator[pb.PlayRequest], context: Any
     ) -> AsyncIterator[pb.PlayResponse]:
-        handlers = {"reset": self.Reset, "step": self.Step, "renew": self.Renew, "close": self.Close}
+        handlers: Handlers = {
+            "reset": self.Reset,
+            "step": self.Step,
+            "renew": self.Renew,
+            "close": self.Close,
+        }
         async for response in Calls(handlers, self._spawn).answers(self._requests(request_iterator)):
             yield response
 
