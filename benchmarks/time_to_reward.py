@@ -1,8 +1,8 @@
 """Wall-clock from one warm-started policy to a reward: ours against TRL's GRPOTrainer.
 
 The quickstart's task, policy, batch (8 groups of 16), learning rate and number of steps,
-on the same cores: ours as a learner and two actors of one thread each, TRL as one process
-with as many threads as there are cores. TRL's clock starts when its training does, ours
+on the same cores: ours as a learner and two actors (--actors) of one thread each, TRL as one
+process with as many threads as there are cores. TRL's clock starts when its training does, ours
 when the actors have joined. Both end at the first step at which the mean reward of five
 steps is there.
 
@@ -29,11 +29,15 @@ from harness.report import add_arguments, write
 from harness.training_run import Laboratory, seconds_to
 
 _TRL_SECONDS = 1800.0
+_SLOTS = 128
+"""Of all actors: a step's batch."""
 
 
-async def ours(folder: Path, *, seed: int, num_steps: int, target: float) -> float | None:
+async def ours(folder: Path, *, seed: int, num_steps: int, target: float, num_actors: int) -> float | None:
     async with Laboratory(folder, seed=seed) as laboratory:
-        run = await laboratory.train("ours", max_lag=4, num_steps=num_steps)
+        run = await laboratory.train(
+            "ours", max_lag=4, num_steps=num_steps, num_actors=num_actors, num_slots=_SLOTS // num_actors
+        )
     waits, steps = (sum(getattr(s, name) for s in run.steps) for name in ("wait_seconds", "step_seconds"))
     print(
         f"seed {seed} ours: {run.seconds:.1f} s for {num_steps} steps: learner {steps:.1f} s in steps, {waits:.1f} s "
@@ -64,7 +68,7 @@ def measure(seed: int, arguments: argparse.Namespace) -> tuple[float, float]:
     """Seconds to the target: (ours, TRL's)."""
     options = {"seed": seed, "num_steps": arguments.steps, "target": arguments.target}
     with tempfile.TemporaryDirectory() as name:
-        first = asyncio.run(ours(Path(name), **options))
+        first = asyncio.run(ours(Path(name), num_actors=arguments.actors, **options))
         second = trl(Path(name), **options)
     if first is None or second is None:
         raise SystemExit(
@@ -79,6 +83,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--target", type=float, default=0.9, help="mean reward of five steps")
+    parser.add_argument("--actors", type=int, default=2, help="of ours, with 128 slots in all")
     add_arguments(parser)
     arguments = parser.parse_args()
     if importlib.util.find_spec("trl") is None:
