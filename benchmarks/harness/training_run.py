@@ -25,6 +25,7 @@ from penstock.quickstart import task
 from penstock.quickstart.policy import make_policy
 from penstock.quickstart.programs import Program, Programs
 from penstock.quickstart.settings import (
+    ALGORITHM,
     WARM_START_SEQUENCES,
     QuickstartConfig,
     run_toml,
@@ -141,10 +142,13 @@ class Laboratory:
         environment: str = "",
         num_actors: int = 2,
         num_slots: int = 64,
+        pipeline_depth: int | None = None,
+        algorithm: str = ALGORITHM,
     ) -> Run:
         """Trains from the warm-started policy; everything of the run ends with it.
 
         num_slots: of each actor.
+        pipeline_depth and algorithm (the lines of [algorithm]): the quickstart's, unless given.
         """
         folder = self.folder / name
         folder.mkdir()
@@ -154,6 +158,7 @@ class Laboratory:
         text = run_toml(
             config, policy=self.policy, folder=folder, environment=served, bind=address,
             serve=shlex.join(["penstock", *task.serve_arguments(seed=self.seed, bind=served)]),
+            pipeline_depth=pipeline_depth, algorithm=algorithm,
         )  # fmt: skip
         (folder / "run.toml").write_text(text, encoding="utf-8")
         async with Programs(folder / "logs") as programs:

@@ -14,6 +14,11 @@ WARM_START_SEQUENCES = 64
 """Demonstrations of one step."""
 MAX_TOKENS = 8
 """Sampled by one answer: five letters and the end token, with room to be wrong."""
+ALGORITHM = """\
+preset = "decoupled_ppo"
+correction_high = 2.0
+"""
+"""The run's [algorithm], as TOML."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,9 +95,18 @@ schedule = "linear"
 
 
 def run_toml(
-    config: QuickstartConfig, *, policy: Path, folder: Path, environment: str, bind: str, serve: str
+    config: QuickstartConfig,
+    *,
+    policy: Path,
+    folder: Path,
+    environment: str,
+    bind: str,
+    serve: str,
+    pipeline_depth: int | None = None,
+    algorithm: str = ALGORITHM,
 ) -> str:
     """Read by `penstock learner`. `serve` is the command that serves the environment."""
+    depth = min(3, config.max_lag + 1) if pipeline_depth is None else pipeline_depth
     return f"""\
 # A run: asynchronous GRPO on words spelled backward. Each in a terminal of its own:
 #   {serve}
@@ -115,7 +129,7 @@ groups_per_step = 8
 group_size = 16
 max_lag = {config.max_lag}
 # Fast actors stay this many steps ahead, and lag stays below its bound, until one of them falters.
-pipeline_depth = {min(3, config.max_lag + 1)}
+pipeline_depth = {depth}
 
 [sampling]
 max_tokens = {MAX_TOKENS}
@@ -126,9 +140,7 @@ every_steps = {max(config.steps // 6, 1)}
 num_prompts = 128
 
 [algorithm]
-preset = "decoupled_ppo"
-correction_high = 2.0
-
+{algorithm}
 [training]
 device = "cpu"
 
