@@ -42,9 +42,9 @@ def main(argv: Sequence[str]) -> int:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads())
     settings = given.resolved()
     results = uvloop.run(evaluate(settings))
-    title = (
-        f"split {settings.split}, {settings.samples} answers a prompt, temperature {settings.temperature:g}"
-    )
+    title = f"split {settings.split}, {settings.samples} a prompt, temperature {settings.temperature:g}"
+    if len(results) == 1:
+        title = f"{results[0].policy}: {title}"
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, FILE_WIDTH)
