@@ -16,8 +16,8 @@ import gc
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 4 * 1024 * 1024
 """Of free memory that a heap may end with; each of gRPC's threads has one."""
-_OWN_MAPPING_BYTES = 1024 * 1024
-"""What is larger than most messages of actors is still mapped by itself, and given back."""
+_OWN_MAPPING_BYTES = 256 * 1024
+"""What is larger is still mapped by itself and given back: arrays of 32 trajectories are smaller, a message is not."""
 _YOUNG, _MIDDLE, _OLD = 10_000, 20, 50
 """New values until the young are looked through, and how often that is until older ones are too."""
 
