@@ -42,9 +42,10 @@ class RawActor:
         self.session_id = (await self.stub.Join(request, timeout=CALL_SECONDS)).session_id
         watch = self.stub.Watch(pb.WatchRequest(session_id=self.session_id), timeout=CALL_SECONDS)
         async for directive in watch:
-            self.version = version_from_wire(directive.version.version)
-            self.digest = directive.version.digest
-            break
+            if directive.HasField("version"):
+                self.version = version_from_wire(directive.version.version)
+                self.digest = directive.version.digest
+                break
         watch.cancel()
 
     async def acquire(self, num_leases: int) -> list[Lease]:
