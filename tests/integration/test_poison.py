@@ -154,6 +154,6 @@ def test_an_unknown_session_and_a_wrong_protocol_are_refused(address: str):
 
 def newest_digest(actor: coordinator_pb2_grpc.CoordinatorServiceStub, session_id: str) -> str:
     watch = actor.Watch(coordinator_pb2.WatchRequest(session_id=session_id), timeout=60)
-    manifest = next(iter(watch)).version
+    manifest = next(directive.version for directive in watch if directive.HasField("version"))
     watch.cancel()
     return str(manifest.digest)
