@@ -40,6 +40,7 @@ def came_by_broadcast(run: Cluster) -> dict[str, int]:
     return {actor.actor_id: actor.weights.num_versions.get("broadcast", 0) for actor in run.status().actors}
 
 
+@pytest.mark.slow
 def test_actors_in_a_group_get_every_version_over_it_and_a_newcomer_is_taken_in(run: Cluster):
     run.environment("toy_environments:Letters")
     learner = run.learner(*GROUP, num_steps=100_000)

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from learner.coordinator.audit import audit
 
 from .cluster import Cluster, Program, cluster, wait_until
@@ -73,6 +75,7 @@ def test_eval_says_what_it_cannot_do(tmp_path: Path):
             assert text in " ".join(program.output().replace("│", " ").split())
 
 
+@pytest.mark.slow
 def test_a_run_evaluates_its_versions_while_it_trains_and_an_actor_dies(tmp_path: Path):
     with cluster(tmp_path) as run:
         run.environment(LETTERS)
