@@ -103,8 +103,10 @@ def test_a_run_evaluates_its_versions_while_it_trains_and_an_actor_dies(tmp_path
         found = audit(run.run_dir / "ledger.sqlite")
         assert not found.violations, found.violations
         lines = read_lines(run.run_dir / "evaluations.jsonl")
-        assert [line["step"] for line in lines][:1] == [0]
-        assert [line["step"] for line in lines][-1:] == [6]
+        steps = [line["step"] for line in lines]
+        # An evaluation whose version is gone when its actor dies begins again with the newest one.
+        assert steps == sorted(set(steps)), steps
+        assert steps[-1] == 6
         for line in lines:
             assert (line["state"], line["num_answers"]) == ("complete", 64)
             assert set(line["scores"]) == {"letters", "others", "mean"}
