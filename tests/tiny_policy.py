@@ -11,6 +11,9 @@ CHARACTERS = string.digits + string.ascii_lowercase + " +-*/=.,:?!\n"
 VOCAB_SIZE = 3 + len(CHARACTERS)
 EOS_ID = 1
 
+ADAM_EPS = 1e-6
+"""Larger than rounding, so that Adam does not make steps of what is left of gradients of 0."""
+
 
 def write_tiny_policy(
     folder: Path, *, hidden_size: int = 32, num_layers: int = 2, tied: bool = True, seed: int = 0

@@ -19,11 +19,9 @@ from learner.training.preparation import token_sequence
 from learner.training.reference import Reference
 from learner.training.updater import Updater
 from penstock.trajectory import Reward
-from tests.tiny_policy import write_tiny_policy
+from tests.tiny_policy import ADAM_EPS, write_tiny_policy
 from tests.trainer_fakes import VERSION, make_batch, make_trajectory
 
-ADAM_EPS = 1e-6
-"""Larger than rounding, so that Adam does not make steps of what is left of gradients of 0."""
 ONE_RANK = Ranks(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
 
 

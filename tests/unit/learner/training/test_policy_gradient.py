@@ -24,11 +24,9 @@ from learner.training.scalar import load_scalar_model
 from learner.training.updater import Updater
 from penstock.errors import ConfigError
 from penstock.trajectory import PolicyVersion, VersionSpan
-from tests.tiny_policy import write_tiny_policy
+from tests.tiny_policy import ADAM_EPS, write_tiny_policy
 from tests.trainer_fakes import make_batch, make_trajectory
 
-ADAM_EPS = 1e-6
-"""Larger than rounding, so that Adam does not make steps of what is left of gradients of 0."""
 ONE_RANK = Ranks(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
 MAX_TOKENS = 9
 """So that some answers of these batches are overlong."""

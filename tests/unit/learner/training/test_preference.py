@@ -26,10 +26,8 @@ from learner.training.preference_config import preference_recipe
 from learner.training.scalar import all_scored, as_scored, load_scalar_model
 from learner.training.updater import Updater
 from penstock.errors import ConfigError
-from tests.tiny_policy import write_tiny_policy
+from tests.tiny_policy import ADAM_EPS, write_tiny_policy
 
-ADAM_EPS = 1e-6
-"""Larger than rounding, so that Adam does not make steps of what is left of gradients of 0."""
 ONE_RANK = Ranks(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
 
 
