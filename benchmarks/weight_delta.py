@@ -30,7 +30,7 @@ from harness.report import add_arguments, write
 from numpy.typing import NDArray
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from penstock.weights.delta import AppliedDelta, FrameDecoder, encode_version
+from penstock.weights.delta import apply_all, encode_version
 from penstock.weights.manifest import HostTensor, TensorEntry, pack, plan_layout
 
 LEARNING_RATE = 1e-6
@@ -108,7 +108,7 @@ def timed(works: Iterable[Callable[[], object]]) -> Seconds:
 
 
 def apply(delta: Version, version: Version) -> None:
-    AppliedDelta(delta, version.size).apply(FrameDecoder(), version, version.size)
+    apply_all([delta], version, num_threads=1)
 
 
 def xor_zstd(old: Version, new: Version) -> bytes:

@@ -352,7 +352,7 @@ def manifest_from_wire(message: weights_pb2.WeightManifest) -> Manifest:
         media=tuple(
             _medium_from_wire(medium) for medium in message.media if medium.WhichOneof("medium") is not None
         ),
-        deltas=tuple(_delta_from_wire(delta, message.chunk_bytes) for delta in message.deltas),
+        deltas=tuple(_delta_from_wire(delta) for delta in message.deltas),
         snapshot=_snapshot_from_wire(message.snapshot, message) if message.HasField("snapshot") else None,
         adapter=_adapter_from_wire(message) if message.HasField("adapter") else None,
     )
@@ -374,19 +374,20 @@ def _delta_to_wire(delta: Delta) -> weights_pb2.WeightDelta:
         num_bytes=delta.num_bytes,
         chunk_digests=b"".join(delta.chunk_digests),
         segment=_segment_to_wire(delta.segment),
+        chunk_bytes=delta.chunk_bytes,
     )
 
 
-def _delta_from_wire(message: weights_pb2.WeightDelta, chunk_bytes: int) -> Delta:
+def _delta_from_wire(message: weights_pb2.WeightDelta) -> Delta:
     digests = _chunk_digests(message.chunk_digests)
     return Delta(
         version=version_from_wire(message.version),
         base=message.base_digest,
         result=message.result_digest,
         num_bytes=message.num_bytes,
-        chunk_bytes=chunk_bytes,
+        chunk_bytes=message.chunk_bytes,
         chunk_digests=digests,
-        digest=delta_digest(message.base_digest, message.result_digest, chunk_bytes, digests),
+        digest=delta_digest(message.base_digest, message.result_digest, message.chunk_bytes, digests),
         segment=_segment_from_wire(message.segment),
     )
 

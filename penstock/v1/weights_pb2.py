@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from penstock.v1 import trajectory_pb2 as penstock_dot_v1_dot_trajectory__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19penstock/v1/weights.proto\x12\x0bpenstock.v1\x1a\x1cpenstock/v1/trajectory.proto\"]\n\x0cWeightTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x11\n\tnum_bytes\x18\x05 \x01(\x04\"\xe8\x02\n\x0eWeightManifest\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.penstock.v1.PolicyVersion\x12*\n\x07tensors\x18\x02 \x03(\x0b\x32\x19.penstock.v1.WeightTensor\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x63hunk_bytes\x18\x04 \x01(\r\x12\x15\n\rchunk_digests\x18\x05 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\x12(\n\x05media\x18\x07 \x03(\x0b\x32\x19.penstock.v1.WeightMedium\x12(\n\x06\x64\x65ltas\x18\x08 \x03(\x0b\x32\x18.penstock.v1.WeightDelta\x12-\n\x08snapshot\x18\t \x01(\x0b\x32\x1b.penstock.v1.WeightSnapshot\x12+\n\x07\x61\x64\x61pter\x18\n \x01(\x0b\x32\x1a.penstock.v1.WeightAdapter\"\xc2\x01\n\rWeightAdapter\x12)\n\x04\x62\x61se\x18\x01 \x01(\x0b\x32\x1b.penstock.v1.WeightSnapshot\x12*\n\x07\x66\x61\x63tors\x18\x02 \x03(\x0b\x32\x19.penstock.v1.WeightFactor\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x15\n\rchunk_digests\x18\x04 \x01(\x0c\x12\x30\n\x07segment\x18\x05 \x01(\x0b\x32\x1f.penstock.v1.SharedMemoryMedium\";\n\x0cWeightFactor\x12\x0e\n\x06tensor\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\r\n\x05scale\x18\x03 \x01(\x02\"\xc2\x01\n\x0bWeightDelta\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.penstock.v1.PolicyVersion\x12\x13\n\x0b\x62\x61se_digest\x18\x02 \x01(\t\x12\x15\n\rresult_digest\x18\x03 \x01(\t\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x15\n\rchunk_digests\x18\x05 \x01(\x0c\x12\x30\n\x07segment\x18\x06 \x01(\x0b\x32\x1f.penstock.v1.SharedMemoryMedium\"\x96\x01\n\x0eWeightSnapshot\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.penstock.v1.PolicyVersion\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x15\n\rchunk_digests\x18\x03 \x01(\x0c\x12\x30\n\x07segment\x18\x04 \x01(\x0b\x32\x1f.penstock.v1.SharedMemoryMedium\"\xb4\x01\n\x0cWeightMedium\x12\x38\n\rshared_memory\x18\x01 \x01(\x0b\x32\x1f.penstock.v1.SharedMemoryMediumH\x00\x12+\n\x06zeromq\x18\x02 \x01(\x0b\x32\x19.penstock.v1.ZeromqMediumH\x00\x12\x33\n\ncollective\x18\x03 \x01(\x0b\x32\x1d.penstock.v1.CollectiveMediumH\x00\x42\x08\n\x06medium\"1\n\x12SharedMemoryMedium\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\t\" \n\x0cZeromqMedium\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\"!\n\x10\x43ollectiveMedium\x12\r\n\x05group\x18\x01 \x01(\t\"=\n\x0c\x43hunkRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0e\n\x06source\x18\x02 \x01(\x0c\x12\r\n\x05index\x18\x03 \x01(\r\";\n\x0b\x43hunkHeader\x12\x0e\n\x06source\x18\x01 \x01(\x0c\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05\x66ound\x18\x03 \x01(\x08\"=\n\nPolicyFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\"5\n\x0bPolicyFiles\x12&\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x17.penstock.v1.PolicyFile\"A\n\x12GetManifestRequest\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.penstock.v1.PolicyVersion\"D\n\x13GetManifestResponse\x12-\n\x08manifest\x18\x01 \x01(\x0b\x32\x1b.penstock.v1.WeightManifest\"-\n\x17\x46\x65tchPolicyFilesRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"6\n\x18\x46\x65tchPolicyFilesResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x32\xc5\x01\n\x0eWeightsService\x12P\n\x0bGetManifest\x12\x1f.penstock.v1.GetManifestRequest\x1a .penstock.v1.GetManifestResponse\x12\x61\n\x10\x46\x65tchPolicyFiles\x12$.penstock.v1.FetchPolicyFilesRequest\x1a%.penstock.v1.FetchPolicyFilesResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19penstock/v1/weights.proto\x12\x0bpenstock.v1\x1a\x1cpenstock/v1/trajectory.proto\"]\n\x0cWeightTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x11\n\tnum_bytes\x18\x05 \x01(\x04\"\xe8\x02\n\x0eWeightManifest\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.penstock.v1.PolicyVersion\x12*\n\x07tensors\x18\x02 \x03(\x0b\x32\x19.penstock.v1.WeightTensor\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x63hunk_bytes\x18\x04 \x01(\r\x12\x15\n\rchunk_digests\x18\x05 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\x12(\n\x05media\x18\x07 \x03(\x0b\x32\x19.penstock.v1.WeightMedium\x12(\n\x06\x64\x65ltas\x18\x08 \x03(\x0b\x32\x18.penstock.v1.WeightDelta\x12-\n\x08snapshot\x18\t \x01(\x0b\x32\x1b.penstock.v1.WeightSnapshot\x12+\n\x07\x61\x64\x61pter\x18\n \x01(\x0b\x32\x1a.penstock.v1.WeightAdapter\"\xc2\x01\n\rWeightAdapter\x12)\n\x04\x62\x61se\x18\x01 \x01(\x0b\x32\x1b.penstock.v1.WeightSnapshot\x12*\n\x07\x66\x61\x63tors\x18\x02 \x03(\x0b\x32\x19.penstock.v1.WeightFactor\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x15\n\rchunk_digests\x18\x04 \x01(\x0c\x12\x30\n\x07segment\x18\x05 \x01(\x0b\x32\x1f.penstock.v1.SharedMemoryMedium\";\n\x0cWeightFactor\x12\x0e\n\x06tensor\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\r\n\x05scale\x18\x03 \x01(\x02\"\xd7\x01\n\x0bWeightDelta\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.penstock.v1.PolicyVersion\x12\x13\n\x0b\x62\x61se_digest\x18\x02 \x01(\t\x12\x15\n\rresult_digest\x18\x03 \x01(\t\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x15\n\rchunk_digests\x18\x05 \x01(\x0c\x12\x30\n\x07segment\x18\x06 \x01(\x0b\x32\x1f.penstock.v1.SharedMemoryMedium\x12\x13\n\x0b\x63hunk_bytes\x18\x07 \x01(\r\"\x96\x01\n\x0eWeightSnapshot\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.penstock.v1.PolicyVersion\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x15\n\rchunk_digests\x18\x03 \x01(\x0c\x12\x30\n\x07segment\x18\x04 \x01(\x0b\x32\x1f.penstock.v1.SharedMemoryMedium\"\xb4\x01\n\x0cWeightMedium\x12\x38\n\rshared_memory\x18\x01 \x01(\x0b\x32\x1f.penstock.v1.SharedMemoryMediumH\x00\x12+\n\x06zeromq\x18\x02 \x01(\x0b\x32\x19.penstock.v1.ZeromqMediumH\x00\x12\x33\n\ncollective\x18\x03 \x01(\x0b\x32\x1d.penstock.v1.CollectiveMediumH\x00\x42\x08\n\x06medium\"1\n\x12SharedMemoryMedium\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\t\" \n\x0cZeromqMedium\x12\x10\n\x08\x65ndpoint\x18\x01 \x01(\t\"!\n\x10\x43ollectiveMedium\x12\r\n\x05group\x18\x01 \x01(\t\"=\n\x0c\x43hunkRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0e\n\x06source\x18\x02 \x01(\x0c\x12\r\n\x05index\x18\x03 \x01(\r\";\n\x0b\x43hunkHeader\x12\x0e\n\x06source\x18\x01 \x01(\x0c\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05\x66ound\x18\x03 \x01(\x08\"=\n\nPolicyFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\"5\n\x0bPolicyFiles\x12&\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x17.penstock.v1.PolicyFile\"A\n\x12GetManifestRequest\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.penstock.v1.PolicyVersion\"D\n\x13GetManifestResponse\x12-\n\x08manifest\x18\x01 \x01(\x0b\x32\x1b.penstock.v1.WeightManifest\"-\n\x17\x46\x65tchPolicyFilesRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"6\n\x18\x46\x65tchPolicyFilesResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x32\xc5\x01\n\x0eWeightsService\x12P\n\x0bGetManifest\x12\x1f.penstock.v1.GetManifestRequest\x1a .penstock.v1.GetManifestResponse\x12\x61\n\x10\x46\x65tchPolicyFiles\x12$.penstock.v1.FetchPolicyFilesRequest\x1a%.penstock.v1.FetchPolicyFilesResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,33 +41,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WEIGHTFACTOR']._serialized_start=727
   _globals['_WEIGHTFACTOR']._serialized_end=786
   _globals['_WEIGHTDELTA']._serialized_start=789
-  _globals['_WEIGHTDELTA']._serialized_end=983
-  _globals['_WEIGHTSNAPSHOT']._serialized_start=986
-  _globals['_WEIGHTSNAPSHOT']._serialized_end=1136
-  _globals['_WEIGHTMEDIUM']._serialized_start=1139
-  _globals['_WEIGHTMEDIUM']._serialized_end=1319
-  _globals['_SHAREDMEMORYMEDIUM']._serialized_start=1321
-  _globals['_SHAREDMEMORYMEDIUM']._serialized_end=1370
-  _globals['_ZEROMQMEDIUM']._serialized_start=1372
-  _globals['_ZEROMQMEDIUM']._serialized_end=1404
-  _globals['_COLLECTIVEMEDIUM']._serialized_start=1406
-  _globals['_COLLECTIVEMEDIUM']._serialized_end=1439
-  _globals['_CHUNKREQUEST']._serialized_start=1441
-  _globals['_CHUNKREQUEST']._serialized_end=1502
-  _globals['_CHUNKHEADER']._serialized_start=1504
-  _globals['_CHUNKHEADER']._serialized_end=1563
-  _globals['_POLICYFILE']._serialized_start=1565
-  _globals['_POLICYFILE']._serialized_end=1626
-  _globals['_POLICYFILES']._serialized_start=1628
-  _globals['_POLICYFILES']._serialized_end=1681
-  _globals['_GETMANIFESTREQUEST']._serialized_start=1683
-  _globals['_GETMANIFESTREQUEST']._serialized_end=1748
-  _globals['_GETMANIFESTRESPONSE']._serialized_start=1750
-  _globals['_GETMANIFESTRESPONSE']._serialized_end=1818
-  _globals['_FETCHPOLICYFILESREQUEST']._serialized_start=1820
-  _globals['_FETCHPOLICYFILESREQUEST']._serialized_end=1865
-  _globals['_FETCHPOLICYFILESRESPONSE']._serialized_start=1867
-  _globals['_FETCHPOLICYFILESRESPONSE']._serialized_end=1921
-  _globals['_WEIGHTSSERVICE']._serialized_start=1924
-  _globals['_WEIGHTSSERVICE']._serialized_end=2121
+  _globals['_WEIGHTDELTA']._serialized_end=1004
+  _globals['_WEIGHTSNAPSHOT']._serialized_start=1007
+  _globals['_WEIGHTSNAPSHOT']._serialized_end=1157
+  _globals['_WEIGHTMEDIUM']._serialized_start=1160
+  _globals['_WEIGHTMEDIUM']._serialized_end=1340
+  _globals['_SHAREDMEMORYMEDIUM']._serialized_start=1342
+  _globals['_SHAREDMEMORYMEDIUM']._serialized_end=1391
+  _globals['_ZEROMQMEDIUM']._serialized_start=1393
+  _globals['_ZEROMQMEDIUM']._serialized_end=1425
+  _globals['_COLLECTIVEMEDIUM']._serialized_start=1427
+  _globals['_COLLECTIVEMEDIUM']._serialized_end=1460
+  _globals['_CHUNKREQUEST']._serialized_start=1462
+  _globals['_CHUNKREQUEST']._serialized_end=1523
+  _globals['_CHUNKHEADER']._serialized_start=1525
+  _globals['_CHUNKHEADER']._serialized_end=1584
+  _globals['_POLICYFILE']._serialized_start=1586
+  _globals['_POLICYFILE']._serialized_end=1647
+  _globals['_POLICYFILES']._serialized_start=1649
+  _globals['_POLICYFILES']._serialized_end=1702
+  _globals['_GETMANIFESTREQUEST']._serialized_start=1704
+  _globals['_GETMANIFESTREQUEST']._serialized_end=1769
+  _globals['_GETMANIFESTRESPONSE']._serialized_start=1771
+  _globals['_GETMANIFESTRESPONSE']._serialized_end=1839
+  _globals['_FETCHPOLICYFILESREQUEST']._serialized_start=1841
+  _globals['_FETCHPOLICYFILESREQUEST']._serialized_end=1886
+  _globals['_FETCHPOLICYFILESRESPONSE']._serialized_start=1888
+  _globals['_FETCHPOLICYFILESRESPONSE']._serialized_end=1942
+  _globals['_WEIGHTSSERVICE']._serialized_start=1945
+  _globals['_WEIGHTSSERVICE']._serialized_end=2142
 # @@protoc_insertion_point(module_scope)

@@ -208,11 +208,16 @@ class WeightDelta(_message.Message):
     NUM_BYTES_FIELD_NUMBER: _builtins.int
     CHUNK_DIGESTS_FIELD_NUMBER: _builtins.int
     SEGMENT_FIELD_NUMBER: _builtins.int
+    CHUNK_BYTES_FIELD_NUMBER: _builtins.int
     base_digest: _builtins.str
     """Digests, in hexadecimal, of the version that it is made for, and of the one that it makes."""
     result_digest: _builtins.str
     num_bytes: _builtins.int
     chunk_digests: _builtins.bytes
+    chunk_bytes: _builtins.int
+    """Of this delta: smaller than the version's, so that the parts of several deltas that
+    change the same tensors can be asked for together.
+    """
     @_builtins.property
     def version(self) -> _trajectory_pb2.PolicyVersion:
         """The version that it makes."""
@@ -230,10 +235,11 @@ class WeightDelta(_message.Message):
         num_bytes: _builtins.int = ...,
         chunk_digests: _builtins.bytes = ...,
         segment: Global___SharedMemoryMedium | None = ...,
+        chunk_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["segment", b"segment", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "chunk_digests", b"chunk_digests", "num_bytes", b"num_bytes", "result_digest", b"result_digest", "segment", b"segment", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "chunk_bytes", b"chunk_bytes", "chunk_digests", b"chunk_digests", "num_bytes", b"num_bytes", "result_digest", b"result_digest", "segment", b"segment", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

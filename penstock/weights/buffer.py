@@ -73,6 +73,11 @@ class ChunkBuffer:
             self.verify((index,))
         return self._present[index]
 
+    def begins(self, index: int) -> int:
+        """Where a chunk does, in bytes."""
+        assert self._blob is not None
+        return int(self._blob.chunk(index).start)
+
     def invalidate(self, start: int, end: int) -> range:
         """Counts the chunks that reach into some bytes as missing, which are about to be overwritten.
 
@@ -115,13 +120,20 @@ class ChunkBuffer:
         }
 
     def _held_at_same_place(self, blob: Blob) -> set[int]:
-        """Chunks that are where the new blob wants them."""
+        """Chunks that are where the new blob wants them, under whatever index."""
         old = self._blob
         if old is None:
             return set()
-        pairs = zip(old.chunk_digests, blob.chunk_digests, strict=False)
+        held = {
+            (old.chunk(index).start, old.chunk(index).stop): digest
+            for index, digest in enumerate(old.chunk_digests)
+            if self._present[index]
+        }
+        places = [
+            (blob.chunk(index).start, blob.chunk(index).stop) for index in range(len(blob.chunk_digests))
+        ]
         return {
             index
-            for index, (held, wanted) in enumerate(pairs)
-            if held == wanted and self._present[index] and old.chunk(index) == blob.chunk(index)
+            for index, (place, digest) in enumerate(zip(places, blob.chunk_digests, strict=True))
+            if held.get(place) == digest
         }

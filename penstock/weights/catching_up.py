@@ -4,18 +4,17 @@ Two ways lead there: deltas from the version that is held, or the learner's snap
 deltas after it. The one of fewer bytes is taken. What a transfer that broke has brought stays
 for the next attempt, also when that is for a newer version: chunks are known by their digests.
 Nothing is believed: the deltas' chunks are verified, and so is every chunk that they make.
-Applying goes on while bytes arrive: delta by delta, or block by block of the snapshot.
+Applying goes on while bytes arrive, block by block.
 """
 
 from __future__ import annotations
 
-import bisect
-import collections
 import contextlib
 import logging
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,12 +24,18 @@ from penstock.weights.buffer import ChunkBuffer, num_threads
 from penstock.weights.manifest import Blob, Delta, Manifest, Medium, Snapshot
 from penstock.weights.media.base import Patience, WeightReceiver
 
+if TYPE_CHECKING:
+    from penstock.weights.delta import Frame
+
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chain(Blob):
-    """Deltas one behind the other, fetched as one."""
+    """Deltas one behind the other, fetched as one: all their first parts, then all their second ones.
+
+    Deltas have their frames in the order of the version's bytes, so what is the same tensors' comes together.
+    """
 
     deltas: tuple[Delta, ...]
     starts: tuple[int, ...]
@@ -41,19 +46,23 @@ class Chain(Blob):
     @classmethod
     def of(cls, deltas: Sequence[Delta]) -> Self:
         sizes = [delta.num_bytes for delta in deltas]
-        return cls(
-            version=deltas[-1].version,
-            num_bytes=sum(sizes),
-            chunk_bytes=deltas[-1].chunk_bytes,
-            chunk_digests=tuple(digest for delta in deltas for digest in delta.chunk_digests),
-            digest=deltas[-1].digest,
-            deltas=tuple(deltas),
-            starts=tuple(sum(sizes[:number]) for number in range(len(sizes))),
-            places=tuple(
+        places = sorted(
+            (
                 (number, index)
                 for number, delta in enumerate(deltas)
                 for index in range(len(delta.chunk_digests))
             ),
+            key=lambda place: deltas[place[0]].chunk(place[1]).stop / sizes[place[0]],
+        )
+        return cls(
+            version=deltas[-1].version,
+            num_bytes=sum(sizes),
+            chunk_bytes=deltas[-1].chunk_bytes,
+            chunk_digests=tuple(deltas[number].chunk_digests[index] for number, index in places),
+            digest=deltas[-1].digest,
+            deltas=tuple(deltas),
+            starts=tuple(sum(sizes[:number]) for number in range(len(sizes))),
+            places=tuple(places),
         )
 
     def chunk(self, index: int) -> slice:
@@ -134,16 +143,18 @@ class CatchingUp:
         if way is None or (way.snapshot is None and way.num_bytes > missing_bytes):
             return
         chain = Chain.of(way.deltas)
-        with contextlib.closing(_arrivals(receiver, medium, chain, self._chain, patience)) as arrivals:
+        self._chain.prepare(chain)
+        base = newest if way.snapshot is None else self._snapshot
+        with _Making(chain, self._chain, base, staging, patience) as making:
             if way.snapshot is None:
-                _advance_by_delta(chain, arrivals, self._chain, newest, staging, patience)
-            else:
-                collections.deque(arrivals, maxlen=0)  # all of them, before the snapshot
-        if way.snapshot is not None:
-            deltas = chain.parts(self._chain.packed)
-            snapshot = _arrivals(receiver, medium, way.snapshot, self._snapshot, patience)
-            with contextlib.closing(snapshot) as arrivals:
-                _advance_by_block(deltas, arrivals, self._snapshot, staging, patience)
+                making.base_arrived(manifest.num_bytes)
+            for num_chunks in _arrivals(receiver, medium, chain, self._chain, patience):
+                making.deltas_arrived(num_chunks)
+            if way.snapshot is not None:
+                self._snapshot.prepare(way.snapshot)
+                for num_chunks in _arrivals(receiver, medium, way.snapshot, self._snapshot, patience):
+                    making.base_arrived(min(num_chunks * way.snapshot.chunk_bytes, manifest.num_bytes))
+        staging.verify(staging.missing())
         self._snapshot = ChunkBuffer()
         if staging.missing():
             _log.warning(
@@ -154,83 +165,103 @@ class CatchingUp:
 
 def _arrivals(
     receiver: WeightReceiver, medium: Medium, blob: Blob, into: ChunkBuffer, patience: Patience
-) -> Generator[int, None, None]:
-    """Fetches what is missing of a blob. Yields up to which byte it is here, whenever a chunk has come.
+) -> Iterator[int]:
+    """Fetches what is missing of a blob. Yields how many of its first chunks are here, whenever that grows.
 
     What the caller does meanwhile costs no time while the credits keep the line busy.
     """
-    into.prepare(blob)
     missing = into.missing()
-    yield _start(blob, missing)
+    yield missing[0] if missing else len(blob.chunk_digests)
     here = set[int]()
     first = 0
-    with contextlib.closing(receiver.chunks(blob, medium, missing, patience)) as chunks:
-        for index, data in chunks if missing else ():
-            if into.put(index, data):
-                here.add(index)
-            while first < len(missing) and missing[first] in here:
-                first += 1
-            yield _start(blob, missing[first : first + 1])
+    if missing:
+        with contextlib.closing(receiver.chunks(blob, medium, missing, patience)) as chunks:
+            for index, data in chunks:
+                if into.put(index, data):
+                    here.add(index)
+                before = first
+                while first < len(missing) and missing[first] in here:
+                    first += 1
+                if first > before:
+                    yield missing[first] if first < len(missing) else len(blob.chunk_digests)
     if into.missing():
         raise WeightTransferError(
             f"{len(into.missing())} chunks on the way to version {blob.version} arrived with another digest"
         )
 
 
-def _start(blob: Blob, missing: Sequence[int]) -> int:
-    """Where the first missing chunk starts."""
-    return int(blob.chunk(missing[0]).start) if missing else blob.num_bytes
+class _Making:
+    """Makes a version of a base and deltas while they arrive.
 
+    Once a block of the base and all changes to it are here, a thread applies them one after the other, and
+    verifies what came of it, while the block is in the cache.
+    """
 
-def _advance_by_delta(
-    chain: Chain,
-    arrivals: Iterator[int],
-    arrived: ChunkBuffer,
-    base: ChunkBuffer,
-    staging: ChunkBuffer,
-    patience: Patience,
-) -> None:
-    """Applies the deltas that are here to the whole version while the following ones arrive."""
-    from penstock.weights.delta import apply_all
+    def __init__(
+        self, chain: Chain, arrived: ChunkBuffer, base: ChunkBuffer, staging: ChunkBuffer, patience: Patience
+    ) -> None:
+        from penstock.weights.delta import ArrivingDelta
 
-    target, applied = staging.packed, 0
-    ends = [start + delta.num_bytes for start, delta in zip(chain.starts, chain.deltas, strict=True)]
-    for here in arrivals:
-        complete = bisect.bisect_right(ends, here)
-        if complete == applied:
-            continue
-        patience.check("deltas to be applied")
-        if not applied:
-            staging.invalidate(0, target.size)
-            target[:] = base.packed
-        parts = list(chain.parts(arrived.packed))[applied:complete]
-        apply_all(parts, target, num_threads=num_threads())
-        applied = complete
-    staging.verify(staging.missing())
+        self._chain = chain
+        self._deltas = [ArrivingDelta(data, staging.packed.size) for data in chain.parts(arrived.packed)]
+        self._known = [0] * len(self._deltas)
+        """Up to which byte of the version each delta's changes are here."""
+        self._num_chunks = 0
+        self._base = base
+        self._base_here = 0
+        self._staging = staging
+        self._done = 0
+        self._patience = patience
+        self._threads = ThreadPoolExecutor(num_threads(), thread_name_prefix="deltas")
+        self._blocks: list[Future[None]] = []
 
+    def __enter__(self) -> Self:
+        return self
 
-def _advance_by_block(
-    deltas: Iterator[NDArray[np.uint8]],
-    arrivals: Iterator[int],
-    base: ChunkBuffer,
-    staging: ChunkBuffer,
-    patience: Patience,
-) -> None:
-    """Applies all deltas to each block of the base as soon as it has arrived, and verifies it in the cache."""
-    from penstock.weights.delta import FRAME_BYTES, AppliedDelta, FrameDecoder
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Returns once no thread works any more. Raises WeightTransferError for deltas that contradict themselves."""
+        self._threads.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            for block in self._blocks:
+                block.result()
 
-    target, decoder, done = staging.packed, FrameDecoder(), 0
-    applied = [AppliedDelta(data, target.size) for data in deltas]
-    for here in arrivals:
-        while done < target.size and min(done + FRAME_BYTES, target.size) <= here:
-            patience.check("deltas to be applied")
-            end = min(done + FRAME_BYTES, target.size)
-            made = staging.invalidate(done, end)
-            target[done:end] = base.packed[done:end]
-            for each in applied:
-                each.apply(decoder, target, end)
-            staging.verify(made)
-            done = end
+    def base_arrived(self, num_bytes: int) -> None:
+        """The base's first bytes are here."""
+        self._base_here = num_bytes
+        self._advance()
+
+    def deltas_arrived(self, num_chunks: int) -> None:
+        """The chain's first chunks are here."""
+        ends = dict(self._chain.places[self._num_chunks : num_chunks])
+        self._num_chunks = num_chunks
+        for number, index in ends.items():
+            here = self._chain.deltas[number].chunk(index).stop
+            self._known[number] = self._deltas[number].arrived(here)
+        self._advance()
+
+    def _advance(self) -> None:
+        from penstock.weights.delta import FRAME_BYTES
+
+        size = self._staging.packed.size
+        ready = min(self._base_here, *self._known)
+        while self._done < size and min(self._done + FRAME_BYTES, size) <= ready:
+            self._patience.check("deltas to be applied")
+            start, self._done = self._done, min(self._done + FRAME_BYTES, size)
+            made = self._staging.invalidate(start, self._done)
+            changes = [(delta.data, frame) for delta in self._deltas for frame in delta.take(self._done)]
+            self._blocks.append(self._threads.submit(self._make, start, self._done, changes, made))
+
+    def _make(
+        self, start: int, end: int, changes: Sequence[tuple[NDArray[np.uint8], Frame]], made: Sequence[int]
+    ) -> None:
+        from penstock.weights.delta import FrameDecoder
+
+        target, decoder = self._staging.packed, FrameDecoder()
+        target[start:end] = self._base.packed[start:end]
+        for data, frame in changes:
+            decoder.apply(data, frame, target[frame.offset : frame.end])
+        # A chunk that begins in the block before is verified at the end.
+        self._staging.verify([index for index in made if self._staging.begins(index) >= start])
 
 
 def _size(blob: Blob, index: int) -> int:

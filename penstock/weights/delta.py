@@ -23,6 +23,7 @@ Import this module where a delta is at hand, for numba (delta_loops.py) takes a 
 
 from __future__ import annotations
 
+import collections
 import heapq
 import itertools
 import math
@@ -37,7 +38,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from penstock.errors import WeightTransferError
-from penstock.weights.delta_loops import LANES, LONG_GAP, add_changes, find_changes, write_changes
+from penstock.weights.delta_loops import LANES, LONG_GAP, add_changes, write_changes
 from penstock.weights.manifest import DTYPE_BYTES, TensorEntry
 
 FRAME_BYTES = 4 * 1024 * 1024
@@ -52,8 +53,11 @@ _Word = TypeVar("_Word", bound=np.generic)
 
 # offset; words, changes; width, compressed streams (bit i: stream i), two zeros; stored and plain sizes.
 _HEADER = struct.Struct("<QII BBxx 4I 4I")
+MIN_WIDTH = 2
 _WORDS: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 _LEVEL = 1
+_PAYS = 7 / 8
+"""A stream that zstd makes hardly smaller is stored as it is: decompressing is a third of the time of applying."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,14 +92,12 @@ class Frame:
 
 
 class _Scratch:
-    """Room for the places and streams of the most changes that a sparse frame of `num_words` may have."""
+    """Room for the streams of the most changes that a sparse frame of `num_words` may have."""
 
     def __init__(self, num_words: int) -> None:
-        most = int(num_words * MAX_DENSITY) + 1
+        most = int(num_words * MAX_DENSITY)
         self.num_words = num_words
-        # The search looks at whole blocks before it counts.
-        self.positions: NDArray[np.uint32] = np.empty(most + LANES * 4, dtype=np.uint32)
-        most = self.positions.size
+        self.places: NDArray[np.int64] = np.empty(LANES * 8 // MIN_WIDTH, dtype=np.int64)
         self.gaps: NDArray[np.uint8] = np.empty(most + num_words // LONG_GAP, dtype=np.uint8)
         self.symbols: NDArray[np.uint8] = np.empty(most // 4 + 1, dtype=np.uint8)
         self.steps: NDArray[np.uint8] = np.empty(most, dtype=np.uint8)
@@ -123,17 +125,15 @@ class FrameEncoder:
         old, new = _as_input(old), _as_input(new)
         scratch = self._scratch_for(new)
         wide = new.size - new.size % (LANES * 8 // new.itemsize)
-        num_changes = int(
-            find_changes(old, new, old[:wide].view(np.uint64), new[:wide].view(np.uint64), scratch.positions)
-        )
+        most = int(new.size * MAX_DENSITY)
+        num_changes, num_gaps, num_steps, num_words = write_changes(
+            old, new, old[:wide].view(np.uint64), new[:wide].view(np.uint64), most,
+            scratch.places, scratch.gaps, scratch.symbols, scratch.steps, scratch.words.view(new.dtype),
+        )  # fmt: skip
         if num_changes == 0:
             return b""
-        if num_changes > new.size * MAX_DENSITY:
+        if num_changes > most:
             return self._frame(offset, new, new.size, (b"", b"", b"", new.tobytes()))
-        num_gaps, num_steps, num_words = write_changes(
-            old, new, _as_input(scratch.positions[:num_changes]),
-            scratch.gaps, scratch.symbols, scratch.steps, scratch.words.view(new.dtype),
-        )  # fmt: skip
         streams = (
             scratch.gaps[:num_gaps].tobytes(),
             scratch.symbols[: -(-num_changes // 4)].tobytes(),
@@ -151,7 +151,7 @@ class FrameEncoder:
         stored, compressed = list(streams), 0
         for index, stream in enumerate(streams):
             smaller = self._compressor.compress(stream) if self._compressor and len(stream) > 16 else stream
-            if len(smaller) < len(stream):
+            if len(smaller) < _PAYS * len(stream):
                 stored[index] = smaller
                 compressed |= 1 << index
         header = _HEADER.pack(
@@ -233,23 +233,45 @@ class FrameDecoder:
         raise WeightTransferError(f"stream {index} of a frame does not have the {size} bytes that it should")
 
 
-class AppliedDelta:
-    """A delta on its way through a version, from the first byte to the last."""
+class ArrivingDelta:
+    """A delta whose bytes come in order, and the frames of it that are here."""
 
     def __init__(self, delta: NDArray[np.uint8], num_bytes: int) -> None:
-        """num_bytes: of the version."""
-        self._delta = delta
+        """delta: where its bytes come to. num_bytes: of the version."""
+        self.data = delta
+        self._num_bytes = num_bytes
         self._frames = frames_of(delta, num_bytes)
-        self._next = next(self._frames, None)
+        self._next: Frame | None = None
+        """The first one that is not here whole, if its header is."""
+        self._read = 0
+        """Where it begins."""
+        self._known = 0
+        self._here: collections.deque[Frame] = collections.deque()
 
-    def apply(self, decoder: FrameDecoder, version: NDArray[np.uint8], end: int) -> None:
-        """Makes the new bytes of the old up to byte `end`, a multiple of FRAME_BYTES or the version's end.
+    def arrived(self, num_bytes: int) -> int:
+        """Its first `num_bytes` are here. Returns up to which byte of the version all changes are known.
 
-        Raises WeightTransferError.
+        Raises WeightTransferError for what is no delta.
         """
-        while self._next is not None and self._next.end <= end:
-            decoder.apply(self._delta, self._next, version[self._next.offset : self._next.end])
-            self._next = next(self._frames, None)
+        while self._read < self.data.size:
+            if self._next is None:
+                if min(self._read + _HEADER.size, self.data.size) > num_bytes:
+                    return self._known
+                self._next = next(self._frames)
+                self._known = self._next.offset
+            if self._next.lies.stop > num_bytes:
+                return self._known
+            self._read, self._known = self._next.lies.stop, self._next.end
+            self._here.append(self._next)
+            self._next = None
+        return self._num_bytes
+
+    def take(self, end: int) -> list[Frame]:
+        """The frames that are here up to byte `end` of the version, which are given out once."""
+        taken = []
+        while self._here and self._here[0].end <= end:
+            taken.append(self._here.popleft())
+        return taken
 
 
 def apply_all(deltas: Sequence[NDArray[np.uint8]], version: NDArray[np.uint8], *, num_threads: int) -> None:
@@ -267,6 +289,10 @@ def apply_all(deltas: Sequence[NDArray[np.uint8]], version: NDArray[np.uint8], *
         for delta, frame in frames:
             decoder.apply(delta, frame, version[frame.offset : frame.end])
 
+    if num_threads == 1:
+        for frames in blocks.values():
+            apply_block(frames)
+        return
     # The loops and zstd run without the interpreter's lock.
     with ThreadPoolExecutor(num_threads) as threads:
         list(threads.map(apply_block, blocks.values()))

@@ -1,4 +1,4 @@
-"""The compiled loops of deltas: find what changed, write it as streams, apply streams.
+"""The compiled loops of deltas: write what changed as streams, apply streams.
 
 They run without the interpreter's lock.
 """
@@ -9,6 +9,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.cpython.unsafe.numbers import trailing_zeros
 from numba.extending import intrinsic
 
 from penstock.weights.compiled import compiled
@@ -40,78 +41,70 @@ def _prefetch(typing_context, words, index):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def find_changes(old, new, wide_old, wide_new, positions):  # type: ignore[no-untyped-def]
-    """Writes where `old` and `new` differ, in rising order. Returns how many places that are.
+def write_changes(old, new, wide_old, wide_new, most, places, gaps, symbols, steps, words):  # type: ignore[no-untyped-def]
+    """Writes the streams of a sparse frame. Returns the numbers of changes, gap bytes, steps and words.
 
-    Ends with positions.size when there may be more than fit.
-    wide_old, wide_new: the same memory as 64-bit lanes; [M] uint64, M a multiple of LANES.
+    Ends with `most` + 1 changes, and streams that say nothing, if there are more than `most`.
+    wide_old, wide_new: the same memory as 64-bit lanes; [M] uint64, M a multiple of LANES. What is behind them
+    is less than a block. places: scratch for one block's changes.
     """
+    bits = 8 * new.itemsize
     lane_words = 8 // new.itemsize
-    bits = 8 * new.itemsize
-    mask = np.uint64((np.int64(1) << bits) - 1)
-    found = 0
-    for block in range(0, wide_new.size, LANES):
-        differing = np.uint64(0)
-        for lane in range(block, block + LANES):
-            differing |= wide_old[lane] ^ wide_new[lane]
-        if differing == 0:
-            continue
-        if found + LANES * lane_words > positions.size:
-            return positions.size
-        for lane in range(block, block + LANES):
-            differing = wide_old[lane] ^ wide_new[lane]
-            if differing == 0:
-                continue
-            # A place is written, and kept if it differs: a branch would be guessed wrong.
-            for word in range(lane_words):
-                positions[found] = lane * lane_words + word
-                found += int((differing >> np.uint64(word * bits)) & mask != 0)
-    for word in range(wide_new.size * lane_words, new.size):
-        if old[word] != new[word]:
-            if found == positions.size:
-                return found
-            positions[found] = word
-            found += 1
-    return found
-
-
-@compiled
-def write_changes(old, new, positions, gaps, symbols, steps, words):  # type: ignore[no-untyped-def]
-    """Writes the streams of a sparse frame. Returns the numbers of gap bytes, steps and words."""
-    bits = 8 * new.itemsize
+    shift = 4 if bits == 16 else 5
     top = np.int64(1) << bits
     half = np.int64(1) << (bits - 1)
-    num_gaps = num_steps = num_words = 0
+    mask = np.uint64(top - 1)
+    num_changes = num_gaps = num_steps = num_words = 0
     behind = 0  # the word behind the last change
-    for change in range(positions.size):
-        if change + _AHEAD < positions.size:
-            _prefetch(old, np.int64(positions[change + _AHEAD]))
-            _prefetch(new, np.int64(positions[change + _AHEAD]))
-        position = int(positions[change])
-        gap = position - behind
-        behind = position + 1
-        while gap >= LONG_GAP:
-            gaps[num_gaps] = LONG_GAP
-            num_gaps += 1
-            gap -= LONG_GAP
-        gaps[num_gaps] = gap
-        num_gaps += 1
-        step = (np.int64(new[position]) - np.int64(old[position])) & (top - 1)
-        if step >= half:
-            step -= top
-        if step == 1 or step == -1:
-            symbol = (1 - step) >> 1
-        elif -128 <= step <= 127:
-            symbol = 2
-            steps[num_steps] = step & 255
-            num_steps += 1
+    for block in range(0, wide_new.size + 1, LANES):
+        found = 0
+        if block == wide_new.size:
+            for word in range(wide_new.size * lane_words, new.size):
+                if old[word] != new[word]:
+                    places[found] = word
+                    found += 1
         else:
-            symbol = 3
-            words[num_words] = new[position]
-            num_words += 1
-        place = 2 * (change & 3)
-        symbols[change >> 2] = symbol if place == 0 else symbols[change >> 2] | symbol << place
-    return num_gaps, num_steps, num_words
+            differing = np.uint64(0)
+            for lane in range(block, block + LANES):
+                differing |= wide_old[lane] ^ wide_new[lane]
+            if differing == 0:
+                continue
+            for lane in range(block, block + LANES):
+                differing = wide_old[lane] ^ wide_new[lane]
+                while differing != 0:
+                    word = np.int64(trailing_zeros(differing)) >> shift
+                    differing &= ~(mask << np.uint64(word << shift))
+                    places[found] = lane * lane_words + word
+                    found += 1
+        if num_changes + found > most:
+            return most + 1, 0, 0, 0
+        for index in range(found):  # while both versions' lines are in the cache
+            position = places[index]
+            gap = position - behind
+            behind = position + 1
+            while gap >= LONG_GAP:
+                gaps[num_gaps] = LONG_GAP
+                num_gaps += 1
+                gap -= LONG_GAP
+            gaps[num_gaps] = gap
+            num_gaps += 1
+            step = (np.int64(new[position]) - np.int64(old[position])) & (top - 1)
+            if step >= half:
+                step -= top
+            if step == 1 or step == -1:
+                symbol = (1 - step) >> 1
+            elif -128 <= step <= 127:
+                symbol = 2
+                steps[num_steps] = step & 255
+                num_steps += 1
+            else:
+                symbol = 3
+                words[num_words] = new[position]
+                num_words += 1
+            place = 2 * (num_changes & 3)
+            symbols[num_changes >> 2] = symbol if place == 0 else symbols[num_changes >> 2] | symbol << place
+            num_changes += 1
+    return num_changes, num_gaps, num_steps, num_words
 
 
 @compiled

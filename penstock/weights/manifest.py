@@ -295,12 +295,12 @@ def _check_deltas(manifest: Manifest) -> None:
         raise ProtocolError(f"manifest has {len(manifest.deltas)} deltas; expected at most {MAX_DELTAS}")
     needed = [*(delta.base for delta in manifest.deltas), manifest.digest][1:]
     for delta, following in zip(manifest.deltas, needed, strict=True):
-        _check_chunks(delta)
-        if not 0 < delta.num_bytes <= manifest.num_bytes or delta.chunk_bytes != manifest.chunk_bytes:
+        if not 0 < delta.num_bytes <= manifest.num_bytes or not 0 < delta.chunk_bytes <= manifest.chunk_bytes:
             raise ProtocolError(
                 f"the delta to version {delta.version} has {delta.num_bytes} bytes in chunks of "
-                f"{delta.chunk_bytes}; expected at most the version's {manifest.num_bytes}, and its chunks"
+                f"{delta.chunk_bytes}; expected at most the version's {manifest.num_bytes} and {manifest.chunk_bytes}"
             )
+        _check_chunks(delta)
         if delta.result != following:
             raise ProtocolError(
                 f"the delta to version {delta.version} makes {delta.result!r}, and what follows it needs "

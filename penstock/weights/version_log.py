@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from penstock.errors import WeightTransferError
 from penstock.trajectory import PolicyVersion
+from penstock.weights.buffer import num_threads
 from penstock.weights.manifest import (
     CHUNK_BYTES,
     Delta,
@@ -34,6 +35,8 @@ from penstock.weights.segment import NONCE_BYTES, OwnedSegment, SegmentRing, Wri
 SNAPSHOT_EVERY = 16
 """Publications between snapshots."""
 KEPT_DELTAS = 40
+DELTA_CHUNK_BYTES = 128 * 1024
+"""Of deltas, at most: a receiver that needs several asks for their parts of the same tensors together."""
 
 _log = logging.getLogger(__name__)
 
@@ -70,14 +73,14 @@ class VersionLog:
 
     def write_delta(self, version: PolicyVersion, delta: NDArray[np.uint8]) -> Manifest:
         """Makes a version of the newest one. Raises WeightTransferError; then no version was written."""
-        from penstock.weights.delta import AppliedDelta, FrameDecoder
+        from penstock.weights.delta import apply_all
 
         before = self._ring.newest
         assert before is not None
 
         def fill(payload: NDArray[np.uint8]) -> None:
             payload[:] = before.payload
-            AppliedDelta(delta, payload.size).apply(FrameDecoder(), payload, payload.size)
+            apply_all([delta], payload, num_threads=num_threads())
 
         old = before.manifest
         manifest = self._ring.fill(version, old.tensors, old.num_bytes, fill)
@@ -166,7 +169,7 @@ def _log_delta(prefix: str, before: Manifest, manifest: Manifest, data: NDArray[
     owned.segment.payload[: data.size] = data
     nonce = secrets.token_bytes(NONCE_BYTES)
     owned.segment.set_nonce(nonce)
-    size = manifest.chunk_bytes
+    size = min(manifest.chunk_bytes, DELTA_CHUNK_BYTES)
     digests = tuple(
         chunk_digest(data[index * size : (index + 1) * size]) for index in range(num_chunks(data.size, size))
     )

@@ -18,7 +18,7 @@ from penstock.errors import WeightTransferError
 from penstock.trajectory import PolicyVersion
 from penstock.weights.delta import (
     FRAME_BYTES,
-    AppliedDelta,
+    ArrivingDelta,
     FrameDecoder,
     FrameEncoder,
     apply_all,
@@ -69,7 +69,7 @@ def encode(old: NDArray, new: NDArray, *, compress: bool = True) -> Bytes:
 
 def apply(delta: Bytes, base: NDArray) -> Bytes:
     made = base.view(np.uint8).copy()
-    AppliedDelta(delta, made.size).apply(FrameDecoder(), made, made.size)
+    apply_all([delta], made, num_threads=1)
     return made
 
 
@@ -175,13 +175,32 @@ def test_a_version_of_several_dtypes_is_cut_into_frames() -> None:
     assert np.array_equal(apply(delta, old.buffer), new.buffer)
 
 
-def test_a_delta_is_applied_block_by_block() -> None:
+@pytest.mark.parametrize("piece_bytes", [1, 53, 100_000])
+def test_a_delta_that_arrives_in_pieces_is_known_block_by_block(piece_bytes: int) -> None:
     old, new = (stage(PolicyVersion(1, step), each) for step, each in enumerate(versions()))
-    delta = np.frombuffer(encode_version(new.manifest.tensors, old.buffer, new.buffer), dtype=np.uint8)
-    made, applied = old.buffer.copy(), AppliedDelta(delta, old.buffer.size)
-    applied.apply(FrameDecoder(), made, FRAME_BYTES)
-    assert np.array_equal(made[:FRAME_BYTES], new.buffer[:FRAME_BYTES])
-    assert np.array_equal(made[FRAME_BYTES:], old.buffer[FRAME_BYTES:])
+    whole = np.frombuffer(encode_version(new.manifest.tensors, old.buffer, new.buffer), dtype=np.uint8)
+    # What is not here yet is anything.
+    delta, made = np.full(whole.size, 0xEE, np.uint8), old.buffer.copy()
+    arriving, decoder, known = ArrivingDelta(delta, made.size), FrameDecoder(), [0]
+    for start in range(0, whole.size, piece_bytes):
+        end = min(start + piece_bytes, whole.size)
+        delta[start:end] = whole[start:end]
+        known.append(arriving.arrived(end))
+        for frame in arriving.take(known[-1]):
+            decoder.apply(delta, frame, made[frame.offset : frame.end])
+        assert np.array_equal(made[: known[-1]], new.buffer[: known[-1]])
+    assert known == sorted(known)
+    assert known[-1] == made.size
+    assert arriving.take(made.size) == []
+
+
+def test_a_delta_that_ends_within_a_header_is_refused_once_it_is_here() -> None:
+    old, delta = good_delta()
+    torn = np.concatenate([delta, delta[:20]])
+    arriving = ArrivingDelta(torn, old.nbytes)
+    arriving.arrived(delta.size + 10)
+    with pytest.raises(WeightTransferError, match="ends within a header"):
+        arriving.arrived(torn.size)
 
 
 def good_delta() -> tuple[NDArray[np.uint16], Bytes]:
@@ -209,7 +228,7 @@ def test_hostile_bytes_raise_or_stay_within_bounds(data: st.DataObject) -> None:
     span = memory[old.nbytes : 2 * old.nbytes]
     span[:] = old.view(np.uint8)
     with contextlib.suppress(WeightTransferError):
-        AppliedDelta(hostile, span.size).apply(FrameDecoder(), span, span.size)
+        apply_all([hostile], span, num_threads=1)
     assert (memory[: old.nbytes] == 0xAB).all()
     assert (memory[2 * old.nbytes :] == 0xAB).all()
 
