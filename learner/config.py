@@ -8,8 +8,9 @@ from typing import Literal
 
 from learner.algorithms.recipe import Recipe
 from learner.coordinator.evaluation.config import EvaluationConfig
+from learner.coordinator.evaluation.result import pass_k
 from learner.training.algorithm_config import AlgorithmConfig
-from learner.training.config import TrainingConfig
+from learner.training.config import EVALUATION, TrainingConfig
 from penstock.errors import ConfigError
 from penstock.trajectory import InstallMode, Sampling
 from penstock.weights.manifest import WeightsMedium
@@ -260,10 +261,28 @@ class RunConfig:
                 f"{self.sampling.top_k}; training needs a temperature above 0, top_p 1 and top_k 0, since "
                 "importance ratios hold only where every token could have been sampled"
             )
+        self._check_checkpoint_metric()
         recipe = self.algorithm.recipe()
         if isinstance(recipe, Recipe) and recipe.overlong_share and self.truncation_reward is None:
             raise ConfigError(
                 f"algorithm.preset {self.algorithm.preset} lowers the rewards of overlong answers, but "
                 "truncation_reward is unset, so that answers cut at sampling.max_tokens are never trained on; "
                 "set it, or algorithm.overlong_share = 0"
+            )
+
+    def _check_checkpoint_metric(self) -> None:
+        metric = self.training.checkpoint.metric
+        if not metric.startswith(EVALUATION):
+            return
+        measure = metric.rpartition("/")[2]
+        if measure != "reward_mean" and pass_k(measure) not in self.evaluation.pass_at:
+            ks = ", ".join(f"pass@{k}" for k in self.evaluation.pass_at)
+            raise ConfigError(
+                f"training.checkpoint.metric is {metric}; of evaluations, expected {EVALUATION}[NAME/] and "
+                f"reward_mean or one of evaluation.pass_at: {ks}"
+            )
+        if not self.evaluation.every_steps:
+            raise ConfigError(
+                f"training.checkpoint.metric is {metric}, but evaluation.every_steps is 0: no version is evaluated; "
+                "set it to the same number as training.checkpoint.every_steps, or take a metric of the steps"
             )

@@ -93,7 +93,7 @@ def export(
     )
     (check_adapter_folder if adapter_only else check_output_folder)(out)
     folder = run_dir / "checkpoints"
-    retention = Retention.of(config.training.checkpoint)
+    retention = Retention.of(config.training.checkpoint, run_dir)
     checkpoint = _find_best(folder, retention) if best else _find(folder, step)
     with CheckpointReader(checkpoint.path) as reader:
         names = [name for name in reader.tensors if name.startswith(POLICY)]

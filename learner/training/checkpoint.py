@@ -35,7 +35,7 @@ from learner.training.blocks import block_of, is_copy
 from learner.training.checkpoint_reader import FORMATS, CheckpointReader
 from learner.training.parallel import Ranks, local
 from learner.training.publish import trained_tensors
-from learner.training.retention import MANIFEST, Retention
+from learner.training.retention import MANIFEST, PREFIX, Retention
 from learner.training.updater import Updater
 from penstock.errors import ConfigError, PenstockError
 
@@ -47,7 +47,6 @@ POLICY = "policy/"
 _OPTIMIZER = "optimizer/"
 _RNG = "rng/"
 _DIGEST = "manifest.blake3"
-_PREFIX = "step-"
 
 
 class CheckpointDamaged(Exception):
@@ -71,6 +70,7 @@ class _Pending:
     step: int
     digest: Future[bytes]
     metrics: dict[str, float]
+    epoch: int
 
     def result(self) -> bytes:
         """The shard's digest, once it is on disk. Raises PenstockError."""
@@ -102,10 +102,10 @@ class Checkpoints:
         self.begin(step, metrics)
         return self.finish()
 
-    def begin(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
+    def begin(self, step: int, metrics: Mapping[str, float] | None = None, *, epoch: int = 0) -> None:
         """Copies the state into host memory, and has a thread write it. Training may go on; `finish` is due.
 
-        metrics: what to tell checkpoints apart by.
+        metrics, and the version (epoch, step): what to tell checkpoints apart by.
         """
         assert self._pending is None, "the checkpoint before this one is not finished"
         ranks, aside = self._updater.ranks, self._aside(step)
@@ -118,6 +118,7 @@ class Checkpoints:
             step=step,
             digest=self._writer.submit(_write_shard, _state_of(self._updater), shard),
             metrics=dict(metrics or {}),
+            epoch=epoch,
         )
 
     def is_written(self) -> bool:
@@ -131,7 +132,7 @@ class Checkpoints:
         assert self._pending is not None
         pending, self._pending = self._pending, None
         ranks, step = self._updater.ranks, pending.step
-        final, aside = self._folder / f"{_PREFIX}{step:08d}", self._aside(step)
+        final, aside = self._folder / f"{PREFIX}{step:08d}", self._aside(step)
         try:
             written = pending.result()
         except PenstockError:
@@ -140,7 +141,7 @@ class Checkpoints:
             raise
         digests = ranks.gather(torch.frombuffer(bytearray(written), dtype=torch.uint8))
         named = [bytes(digest.tolist()).hex() for digest in digests]
-        manifest = _manifest_bytes(self._updater, step, named, pending.metrics)
+        manifest = _manifest_bytes(self._updater, pending, named)
         digest = blake3(manifest).hexdigest()
         if ranks.is_first:
             _write_synced(aside / MANIFEST, manifest)
@@ -159,16 +160,16 @@ class Checkpoints:
         ranks = self._updater.ranks
         found = newest(self._folder, set_aside=True) if ranks.is_first else None
         if ranks.is_first:
-            for half in self._folder.glob(f".{_PREFIX}*.writing"):
+            for half in self._folder.glob(f".{PREFIX}*.writing"):
                 shutil.rmtree(half, ignore_errors=True)
         step = int(ranks.maximum(torch.tensor([found.step if found else 0])))
         if step:
-            _load(self._folder / f"{_PREFIX}{step:08d}", self._updater)
+            _load(self._folder / f"{PREFIX}{step:08d}", self._updater)
         return step
 
     def load(self, step: int) -> None:
         """Loads the checkpoint of a step. Raises ConfigError if there is no sound one."""
-        path = self._folder / f"{_PREFIX}{step:08d}"
+        path = self._folder / f"{PREFIX}{step:08d}"
         try:
             verify(path)
         except CheckpointDamaged as damage:
@@ -176,7 +177,7 @@ class Checkpoints:
         _load(path, self._updater)
 
     def _aside(self, step: int) -> Path:
-        return self._folder / f".{_PREFIX}{step:08d}.writing"
+        return self._folder / f".{PREFIX}{step:08d}.writing"
 
     def _delete_old(self) -> None:
         for path in self._retention.stale(checkpoint_folders(self._folder)):
@@ -212,7 +213,7 @@ def verify(path: Path) -> Checkpoint:
 
 def checkpoint_folders(folder: Path) -> list[Path]:
     """Complete checkpoints, newest first."""
-    return sorted((path for path in folder.glob(f"{_PREFIX}*") if path.is_dir()), reverse=True)
+    return sorted((path for path in folder.glob(f"{PREFIX}*") if path.is_dir()), reverse=True)
 
 
 def _shard_name(rank: int, world_size: int) -> str:
@@ -251,14 +252,16 @@ def _is_written(tensor: torch.Tensor, rank: int) -> bool:
     return tensor.ndim == 0 or not is_copy(tensor, rank)
 
 
-def _manifest_bytes(updater: Updater, step: int, digests: list[str], metrics: Mapping[str, float]) -> bytes:
+def _manifest_bytes(updater: Updater, pending: _Pending, digests: list[str]) -> bytes:
     world_size = updater.ranks.world_size
     tensors = {name: _placement(tensor, world_size) for name, tensor in _named_tensors(updater)}
     files = {_shard_name(rank, world_size): digest for rank, digest in enumerate(digests)}
     has_columns = any("columns" in entry for entry in tensors.values())
-    fields = {"format": FORMATS[int(has_columns)], "step": step, "files": files, "tensors": tensors}
-    if metrics:
-        fields["metrics"] = dict(metrics)
+    fields = {"format": FORMATS[int(has_columns)], "step": pending.step, "files": files, "tensors": tensors}
+    if pending.epoch:
+        fields["epoch"] = pending.epoch
+    if pending.metrics:
+        fields["metrics"] = pending.metrics
     if updater.policy.adapters is not None:
         fields["adapters"] = dataclasses.asdict(updater.policy.adapters)
     return json.dumps(fields, indent=1).encode()

@@ -56,6 +56,10 @@ class OptimizerConfig:
                 raise ConfigError(f"optimizer.{name} is {getattr(self, name)}; expected 0 <= {name} < 1")
 
 
+EVALUATION = "evaluation/"
+"""How the names of metrics begin that evaluations give."""
+
+
 class Mode(StrEnum):
     MAX = "max"
     MIN = "min"
@@ -69,7 +73,8 @@ class CheckpointConfig:
     keep_best: int = 0
     """Beside them, so many of all by `metric`, to export; trajectories are not kept for them."""
     metric: str = "reward_mean"
-    """A metric of the steps, as in metrics.jsonl; its mean since the checkpoint before."""
+    """A metric of the steps, as in metrics.jsonl: its mean since the checkpoint before. Or one of evaluations:
+    evaluation/reward_mean, evaluation/pass@K, the means over environments; evaluation/NAME/reward_mean of one."""
     mode: Mode = Mode.MAX
     """Whether the largest or the smallest is best."""
     in_background: bool = False

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from learner.training.batch import Batch
 from learner.training.checkpoint import Checkpoints
+from learner.training.config import EVALUATION
 from learner.training.coordinator import Coordinator
 from learner.training.orders import Leave, Orders, Train, WriteCheckpoint
 from learner.training.parallel import Ranks
@@ -143,7 +144,7 @@ class CheckpointLog:
         in_background: bool = False,
         metric: str = "",
     ) -> None:
-        """metric: what steps must have, if checkpoints are kept by one."""
+        """metric: what steps, or evaluations, must have, if checkpoints are kept by one."""
         self._checkpoints = checkpoints
         self._coordinator = coordinator
         self._ranks = ranks
@@ -164,7 +165,8 @@ class CheckpointLog:
 
         metrics: of the step. Raises ConfigError if they lack the one that checkpoints are kept by.
         """
-        if self._metric and self._metric not in metrics:
+        is_of_steps = bool(self._metric) and not self._metric.startswith(EVALUATION)
+        if is_of_steps and self._metric not in metrics:
             raise ConfigError(
                 f"training.checkpoint.metric is {self._metric}, which steps of this run do not have; expected one "
                 f"of {', '.join(sorted(metrics))}"
@@ -187,7 +189,7 @@ class CheckpointLog:
         if position.step == self._written:
             return
         self._finish()
-        self._checkpoints.begin(position.step, self._means.take())
+        self._checkpoints.begin(position.step, self._means.take(), epoch=position.epoch)
         self._written, self._pending = position.step, dataclasses.replace(position)
 
     def _finish(self) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from learner.training.config import CheckpointConfig, Mode
+from learner.coordinator.evaluation.log import FILE_NAME
+from learner.coordinator.evaluation.result import EvaluationResult
+from learner.training.config import EVALUATION, CheckpointConfig, Mode
+from penstock.trajectory import PolicyVersion
 
 MANIFEST = "manifest.json"
+PREFIX = "step-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,31 +27,74 @@ class Retention:
     """And so many of all, by their `metric`."""
     metric: str = "reward_mean"
     mode: Mode = Mode.MAX
+    evaluations: Path | None = None
+    """The run's results, where the metric is one of them."""
 
     @staticmethod
-    def of(config: CheckpointConfig) -> Retention:
-        return Retention(keep=config.keep, keep_best=config.keep_best, metric=config.metric, mode=config.mode)
+    def of(config: CheckpointConfig, run_dir: Path) -> Retention:
+        return Retention(
+            keep=config.keep,
+            keep_best=config.keep_best,
+            metric=config.metric,
+            mode=config.mode,
+            evaluations=run_dir / FILE_NAME if config.metric.startswith(EVALUATION) else None,
+        )
 
     def stale(self, newest_first: Sequence[Path]) -> list[Path]:
-        """The checkpoints that may go."""
-        best = self.best_first(newest_first)[: self.keep_best] if self.keep_best else []
-        return [path for path in newest_first[self.keep :] if path not in best]
+        """The checkpoints that may go. While one's evaluation may still come, it stays."""
+        if not self.keep_best:
+            return list(newest_first[self.keep :])
+        best = self.best_first(newest_first)[: self.keep_best]
+        newest_result = max((version.step for version in self._results()), default=-1)
+        return [
+            path
+            for path in newest_first[self.keep :]
+            if path not in best and not (self.evaluations and step_of(path) > newest_result)
+        ]
 
     def best_first(self, paths: Iterable[Path]) -> list[Path]:
         """Those that have the metric; of equal ones the newer first."""
         sign = -1.0 if self.mode is Mode.MAX else 1.0
-        values = {path: metrics_of(path).get(self.metric) for path in sorted(paths, reverse=True)}
+        results = self._results()
+        values = {path: self._value(path, results) for path in sorted(paths, reverse=True)}
         ranked = [(sign * value, path) for path, value in values.items() if value is not None]
         return [path for _, path in sorted(ranked, key=lambda each: each[0])]
+
+    def _value(self, path: Path, results: Mapping[PolicyVersion, EvaluationResult]) -> float | None:
+        if self.evaluations is None:
+            return metrics_of(path).get(self.metric)
+        result = results.get(PolicyVersion(_fields(path).get("epoch", 0), step_of(path)))
+        return None if result is None else result.measure(self.metric.removeprefix(EVALUATION))
+
+    def _results(self) -> dict[PolicyVersion, EvaluationResult]:
+        """By version. A line that is torn, as by a crash, is none."""
+        results: dict[PolicyVersion, EvaluationResult] = {}
+        if self.evaluations is None or not self.evaluations.exists():
+            return results
+        for line in self.evaluations.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                result = EvaluationResult.from_json(line)
+                results[result.version] = result
+        return results
 
 
 def metrics_of(path: Path) -> dict[str, float]:
     """What a checkpoint says of its steps; nothing for one that is older than metrics, or damaged."""
+    metrics: dict[str, float] = _fields(path).get("metrics", {})
+    return metrics
+
+
+def step_of(path: Path) -> int:
+    """Of a checkpoint's folder."""
+    return int(path.name.removeprefix(PREFIX))
+
+
+def _fields(path: Path) -> dict[str, Any]:
     try:
-        metrics: dict[str, float] = json.loads((path / MANIFEST).read_bytes()).get("metrics", {})
+        fields: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
     except (OSError, ValueError):
         return {}
-    return metrics
+    return fields
 
 
 class Means:

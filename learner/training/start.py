@@ -175,7 +175,10 @@ def make_critic(config: RunConfig, ranks: Ranks) -> Critic | None:
 
 
 def _checkpoints(config: RunConfig, updater: Updater, critic: Critic | None) -> Checkpoints:
-    folder, retention = config.run_dir / "checkpoints", Retention.of(config.training.checkpoint)
+    folder, retention = (
+        config.run_dir / "checkpoints",
+        Retention.of(config.training.checkpoint, config.run_dir),
+    )
     if critic is None:
         return Checkpoints(folder, updater, retention=retention)
     return CheckpointsWithCritic(folder, updater, critic, retention=retention)

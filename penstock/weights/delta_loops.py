@@ -72,9 +72,9 @@ def write_changes(old, new, wide_old, wide_new, most, places, gaps, symbols, ste
             for lane in range(block, block + LANES):
                 differing = wide_old[lane] ^ wide_new[lane]
                 while differing != 0:
-                    word = np.int64(trailing_zeros(differing)) >> shift
-                    differing &= ~(mask << np.uint64(word << shift))
-                    places[found] = lane * lane_words + word
+                    within = np.int64(trailing_zeros(differing)) >> shift
+                    differing &= ~(mask << np.uint64(within << shift))
+                    places[found] = lane * lane_words + within
                     found += 1
         if num_changes + found > most:
             return most + 1, 0, 0, 0

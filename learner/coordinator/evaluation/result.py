@@ -37,6 +37,16 @@ class EvaluationResult:
     def mean(self) -> Score | None:
         return self.scores.get(MEAN)
 
+    def measure(self, name: str) -> float | None:
+        """[ENVIRONMENT/]reward_mean or [ENVIRONMENT/]pass@K, by default of the mean; None if it has no such number."""
+        environment, _, measure = name.rpartition("/")
+        score = self.scores.get(environment or MEAN)
+        if score is None:
+            return None
+        if measure == "reward_mean":
+            return score.reward_mean
+        return score.pass_at.get(pass_k(measure))
+
     def to_json(self) -> str:
         fields = dataclasses.asdict(self)
         fields["version"] = str(self.version)
@@ -64,6 +74,12 @@ class EvaluationResult:
         return (
             f"version {self.version}: {reward}; {self.num_answers} of {self.num_slots} answers{lost}{missing}"
         )
+
+
+def pass_k(measure: str) -> int:
+    """The K of pass@K; 0 for another measure."""
+    k = measure.removeprefix("pass@")
+    return int(k) if k != measure and k.isdecimal() else 0
 
 
 def _score(fields: dict[str, Any] | None) -> Score | None:

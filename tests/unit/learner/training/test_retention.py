@@ -11,12 +11,17 @@ from pathlib import Path
 import pytest
 
 from learner.config import RunConfig
+from learner.coordinator.evaluation.config import EvaluationConfig
+from learner.coordinator.evaluation.records import EvaluationState
+from learner.coordinator.evaluation.result import EvaluationResult
 from learner.export import export
 from learner.training.checkpoint import checkpoint_folders
-from learner.training.config import CheckpointConfig, Mode
+from learner.training.config import CheckpointConfig, Mode, TrainingConfig
 from learner.training.retention import MANIFEST, Means, Retention, metrics_of
 from penstock.config import to_toml
 from penstock.errors import ConfigError
+from penstock.scores import MEAN, Score
+from penstock.trajectory import PolicyVersion
 from tests.trainer_fakes import FakeCoordinator
 from tests.unit.learner.training.test_loop import run_config, run_training
 
@@ -60,11 +65,19 @@ def test_a_metric_is_its_mean_since_the_checkpoint_before() -> None:
     assert means.take() == {"reward_mean": 7.0}
 
 
-def keeping(tmp_path: Path, *, num_steps: int, metric: str = "loss", mode: Mode = Mode.MIN) -> RunConfig:
+def keeping(
+    tmp_path: Path,
+    *,
+    num_steps: int,
+    metric: str = "loss",
+    mode: Mode = Mode.MIN,
+    evaluation: EvaluationConfig | None = None,
+) -> RunConfig:
     """A run that keeps the newest checkpoint, and the two best by the loss."""
     config = run_config(tmp_path, num_steps=num_steps)
     checkpoint = CheckpointConfig(every_steps=1, keep=1, keep_best=2, metric=metric, mode=mode)
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, checkpoint=checkpoint))
+    training = dataclasses.replace(config.training, checkpoint=checkpoint)
+    config = dataclasses.replace(config, training=training, evaluation=evaluation or EvaluationConfig())
     (config.run_dir / "config.toml").write_text(to_toml(config), encoding="utf-8")
     return config
 
@@ -112,3 +125,79 @@ def test_an_export_of_the_best_needs_the_metric(tmp_path: Path) -> None:
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, object], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         CheckpointConfig(**settings)  # type: ignore[arg-type]
+
+
+EVALUATED = EvaluationConfig(every_steps=1, samples_per_prompt=4, pass_at=(1, 4))
+
+
+def result(version: PolicyVersion, reward: float, *, number: int) -> str:
+    """A line of evaluations.jsonl."""
+    score = Score(
+        num_prompts=8,
+        num_answers=32,
+        reward_mean=reward,
+        reward_error=0.1,
+        pass_at={1: reward, 4: 1 - reward},
+        pass_prompts={1: 8, 4: 8},
+        truncated_share=0.0,
+        tokens_mean=5.0,
+    )
+    return EvaluationResult(
+        number=number,
+        version=version,
+        digest="d" * 64,
+        state=EvaluationState.COMPLETE,
+        num_slots=32,
+        num_answers=32,
+        num_missing=0,
+        faults={},
+        seconds=1.0,
+        time=0.0,
+        scores={"spell": score, "count": None, MEAN: score},
+    ).to_json()
+
+
+def test_the_best_by_an_evaluation_stay_and_so_do_those_that_wait_for_theirs(tmp_path: Path) -> None:
+    metric = "evaluation/reward_mean"
+    config = keeping(tmp_path, num_steps=6, metric=metric, mode=Mode.MAX, evaluation=EVALUATED)
+    run_training(config, FakeCoordinator())
+    folder, log = config.run_dir / "checkpoints", config.run_dir / "evaluations.jsonl"
+    assert steps(checkpoint_folders(folder)) == [6, 5, 4, 3, 2, 1]
+    rewards = {1: 0.5, 2: 0.9, 3: 0.1, 4: 0.8}
+    lines = [result(PolicyVersion(1, step), reward, number=step) for step, reward in rewards.items()]
+    # Of another lineage, and torn: neither says anything of these checkpoints.
+    log.write_text("\n".join([*lines, result(PolicyVersion(2, 1), 1.0, number=5), '{"number": 6, "ver']))
+    retention = Retention.of(config.training.checkpoint, config.run_dir)
+    assert steps(retention.best_first(checkpoint_folders(folder))) == [2, 4, 1, 3]
+    assert steps(retention.stale(checkpoint_folders(folder))) == [3, 1]
+    assert export(config.run_dir, tmp_path / "best", best=True) == 2
+    by_environment = dataclasses.replace(retention, metric="evaluation/spell/pass@4")
+    assert steps(by_environment.best_first(checkpoint_folders(folder))) == [3, 1, 4, 2]
+    assert (
+        dataclasses.replace(retention, metric="evaluation/count/pass@4").best_first(
+            checkpoint_folders(folder)
+        )
+        == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("metric", "every_steps", "reason"),
+    [
+        ("evaluation/pass@3", 1, r"expected evaluation/\[NAME/\] and reward_mean or one of .*pass@1, pass@4"),
+        ("evaluation/mean", 1, "one of evaluation.pass_at"),
+        ("evaluation/pass@4", 0, "evaluation.every_steps is 0"),
+    ],
+)
+def test_an_evaluation_that_never_comes_is_refused(
+    tmp_path: Path, metric: str, every_steps: int, reason: str
+) -> None:
+    checkpoint = CheckpointConfig(keep_best=1, metric=metric)
+    with pytest.raises(ConfigError, match=reason):
+        RunConfig(
+            policy=tmp_path,
+            environments=("127.0.0.1:1",),
+            run_dir=tmp_path,
+            training=TrainingConfig(checkpoint=checkpoint),
+            evaluation=dataclasses.replace(EVALUATED, every_steps=every_steps),
+        )
