@@ -279,7 +279,8 @@ async def test_a_learner_that_stands_still_fills_spools_to_their_bound_and_no_fu
         await bench.start_coordinator()
         bench.start_trainer()
         actor = bench.actor("fast", script=Script(num_tokens=lambda lease: 20, token_seconds=0.02))
-        await bench.when(lambda status: any(each.num_leases for each in status.actors), "leases")
+        # Its own word for it: a lease that the learner has granted may still be on its way.
+        await until(lambda: actor.actor is not None and actor.actor.num_rollouts, "rollouts")
         assert bench.coordinator is not None
         bench.coordinator.send(signal.SIGSTOP)
         assert actor.actor is not None
