@@ -178,7 +178,7 @@ class Coordinator:
     def _keep_vigil(self) -> None:
         waiting = self.trainer is not None and self.trainer.waiting is not None
         waiting = waiting and not (self.scheduler.finished or self.scheduler.paused)
-        num_moves = self.scheduler.num_filled + self.scheduler.evaluations.num_answered
+        num_moves = self.scheduler.docket.num_filled + self.scheduler.evaluations.num_answered
         if self._vigil.is_news(waiting=waiting, num_moves=num_moves, now=self.clock()):
             self.scheduler.note_event("no_progress", "; ".join(self.why()[:4]))
 

@@ -144,18 +144,18 @@ class Intake:
     ) -> pb.Verdict:
         sequence = item.sequence
         if submission is not None:
-            return _to_wire(sequence, self._scheduler.submit(session_id, sequence, submission, now))
+            return _to_wire(sequence, self._scheduler.docket.submit(session_id, sequence, submission, now))
         release = item.release
         if item.HasField("release") and release.reason in _OUTCOMES:
             outcome = _OUTCOMES[release.reason]
             partial = SentPartial(release.partial, item.checksum) if release.partial else None
-            self._scheduler.release(
+            self._scheduler.docket.release(
                 session_id, sequence, release.lease_id, outcome, release.message, now, partial
             )
             return pb.Verdict(sequence=sequence, kind=pb.VERDICT_KIND_ACCEPTED)
         message = "expected a trajectory, or a release with a reason"
         return _to_wire(
-            sequence, self._scheduler.reject(session_id, sequence, RejectionCode.EMPTY, message, now)
+            sequence, self._scheduler.docket.reject(session_id, sequence, RejectionCode.EMPTY, message, now)
         )
 
 

@@ -1,4 +1,4 @@
-"""Rollouts that a leaving actor hands over: are they sound, and may this lease go on from them?
+"""Rollouts of actors that left or died: are they sound, and may another lease go on from them?
 
 Their bytes lie in the ledger until their group is trained or dropped; a slot remembers
 only what a decision needs.

@@ -1,9 +1,9 @@
-"""The actors' side of a run: sessions, leases, submissions. Pure: no sockets, no disk, no clock.
+"""The actors' side of a run: sessions and leases. Pure: no sockets, no disk, no clock.
 
 Methods take the clock's reading and change the state at once; what happened waits in
 `take_records` for the ledger, and what actors must be told in `take_revocations`. The
-service writes the records before it answers anybody. The trainer's side is `lineage`, and
-both work on one `board` of open groups.
+service writes the records before it answers anybody. What actors submit goes through
+`docket`; the trainer's side is `lineage`; and all work on one `board` of open groups.
 
 Data flow of one trajectory:
 
@@ -18,57 +18,40 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from learner.config import BreakerConfig, FleetConfig, ScheduleConfig
-from learner.coordinator import partials, validation
 from learner.coordinator.admission import Admission
 from learner.coordinator.board import Board
 from learner.coordinator.decisions import (
-    DUPLICATE,
-    PENDING,
     History,
     Revocation,
-    Verdict,
 )
 from learner.coordinator.demand import Demand
+from learner.coordinator.docket import Docket
 from learner.coordinator.evaluation.config import EvaluationConfig
 from learner.coordinator.evaluation.evaluation import is_evaluation_lease
 from learner.coordinator.evaluation.evaluations import Evaluations
 from learner.coordinator.evaluation.plan import Plan
 from learner.coordinator.fleet import ActorInfo, EnvironmentUse, Fleet, ReportedStats, Session, WeightsUse
 from learner.coordinator.grants import Grants
-from learner.coordinator.groups import Filled, Group, HandedOver, LeaseOutcome
+from learner.coordinator.groups import Group, LeaseOutcome
 from learner.coordinator.journal import Journal
-from learner.coordinator.known_ids import KnownIds
-from learner.coordinator.leases import LeaseTable, LiveLease, RolloutReport, parse_lease_name
+from learner.coordinator.leases import LeaseTable, RolloutReport
 from learner.coordinator.lineage import Lineage
 from learner.coordinator.outages import Outages
-from learner.coordinator.partials import SentPartial
 from learner.coordinator.records import (
-    ItemsRefused,
-    PartialStored,
     Record,
-    SequenceAdvanced,
     SessionClosed,
     SessionOpened,
-    TrajectoryState,
-    TrajectoryStored,
 )
 from learner.coordinator.sieve import Sieve
 from learner.coordinator.stragglers import Stragglers
 from learner.coordinator.streams import Piece, Streams
-from learner.coordinator.submissions import Submission
+from learner.coordinator.take_overs import TakeOvers
 from learner.coordinator.tasks import TaskOrder
-from learner.coordinator.validation import Limits, Rejected, RejectionCode
-from penstock.errors import FaultKind, SequenceGap
+from learner.coordinator.validation import Limits
 from penstock.trajectory import Lease, PolicyVersion, Sampling
 from penstock.waits import WaitSummary
 
 _TICK_GAP_SECONDS = 2.0
-_FAULTS = {
-    LeaseOutcome.INFRASTRUCTURE: FaultKind.INFRASTRUCTURE,
-    LeaseOutcome.DATA: FaultKind.DATA,
-    LeaseOutcome.ENGINE: None,
-}
-"""Outcomes that are a fault, and of which kind the environment's is."""
 
 
 class Scheduler:
@@ -96,11 +79,7 @@ class Scheduler:
         self.no_room = ""
         """Why the ledger's disk has no room for more."""
         self.demand = Demand(schedule)
-        self.num_filled = 0
-        """Slots, since this process started."""
         self._config = fleet
-        self._history = history
-        self._known = KnownIds()
         self._journal = Journal(wall_clock)
         admission = Admission(schedule)
         self.board = Board(
@@ -125,10 +104,25 @@ class Scheduler:
             was_granted=history.was_evaluation_granted,
             wall_clock=wall_clock,
         )
-        self._max_tokens = sampling.max_tokens
         self._num_sessions = 0
         self._ticked_at: float | None = None
         self._stragglers = Stragglers(fleet=fleet, board=self.board, journal=self._journal)
+        self._take_overs = TakeOvers(
+            board=self.board, lineage=self.lineage, limits=limits, journal=self._journal
+        )
+        self.docket = Docket(
+            fleet=self.fleet,
+            board=self.board,
+            lineage=self.lineage,
+            evaluations=self.evaluations,
+            outages=self.outages,
+            stragglers=self._stragglers,
+            demand=self.demand,
+            take_overs=self._take_overs,
+            journal=self._journal,
+            history=history,
+            max_tokens=sampling.max_tokens,
+        )
         self.grants = Grants(
             schedule=schedule,
             config=fleet,
@@ -188,7 +182,7 @@ class Scheduler:
     ) -> None:
         """Goes on from a ledger. Leases wait for their actors to join again and name them."""
         self._num_sessions, self.grants.next_group_id = num_sessions, next_group_id
-        self._known.update(self._history.trajectory_ids())
+        self.docket.restore()
         self.board.hold(open_groups)
         self.lineage.restore(epoch=epoch, from_step=from_step, versions=versions, assigned=assigned)
         for group_id, slot, attempt in live_leases:
@@ -308,7 +302,7 @@ class Scheduler:
             self._journal.event(
                 "expired", f"lease {lease.lease_id}: no progress for {now - lease.progress_at:.0f} s"
             )
-            self._keep_streamed([lease], f"lease {lease.lease_id}")
+            self._take_overs.keep_streamed([lease], f"lease {lease.lease_id}")
             self.board.end_lease(lease, LeaseOutcome.EXPIRED, revoke="no progress")
             self.outages.expired(lease, now)
         self.outages.tick(now)
@@ -376,251 +370,11 @@ class Scheduler:
         session.installed = installed
         return None
 
-    # -- submissions ----------------------------------------------------------------------
-
-    def submit(
-        self, session_id: str, sequence: int, submission: Submission | Rejected, now: float
-    ) -> Verdict:
-        """Decides on one trajectory. Raises SessionFenced, PeerLost, SequenceGap."""
-        session = self.fleet.require(session_id, now)
-        if not _is_next(session, sequence):
-            self._journal.record(ItemsRefused(duplicates=1))
-            return DUPLICATE
-        if isinstance(submission, Rejected):
-            return self._refuse(session, submission, submission.lease_id)
-        try:
-            if is_evaluation_lease(submission.lease_id):
-                return self._decide_answer(session, sequence, submission, now)
-            return self._decide(session, submission, now)
-        except Rejected as rejected:
-            return self._refuse(session, rejected, submission.lease_id)
-
-    def _refuse(self, session: Session, rejected: Rejected, lease_id: str) -> Verdict:
-        self._advance(session)
-        self._journal.record(ItemsRefused(rejected=(rejected.code,)))
-        self._journal.event(
-            "rejected", f"{session.info.actor_id}, lease {lease_id[:40]}: {rejected.code}: {rejected}"
-        )
-        return Verdict(None, rejected.code, str(rejected))
-
-    def _decide_answer(self, session: Session, sequence: int, submission: Submission, now: float) -> Verdict:
-        """Of an evaluation."""
-        if submission.trajectory_id in self._known:
-            self._advance(session)
-            self._journal.record(ItemsRefused(duplicates=1))
-            return DUPLICATE
-        verdict = self.evaluations.submit(session, sequence, submission, now)
-        self._advance(session)
-        self._known.add(submission.trajectory_id)
-        return verdict
-
-    def reject(
-        self, session_id: str, sequence: int, code: RejectionCode, message: str, now: float
-    ) -> Verdict:
-        """An item that holds nothing to decide upon."""
-        session = self.fleet.require(session_id, now)
-        if _is_next(session, sequence):
-            self._advance(session)
-            self._journal.record(ItemsRefused(rejected=(code,)))
-        return Verdict(None, code, message)
-
-    def release(
-        self,
-        session_id: str,
-        sequence: int,
-        lease_id: str,
-        outcome: LeaseOutcome,
-        message: str,
-        now: float,
-        partial: SentPartial | None = None,
-    ) -> None:
-        """An actor gives a lease back without a trajectory, perhaps with what it played of one."""
-        session = self.fleet.require(session_id, now)
-        if not _is_next(session, sequence):
-            return
-        self._advance(session)
-        if is_evaluation_lease(lease_id):
-            self.evaluations.release(session, lease_id, outcome, message, now)
-            return
-        lease = self.leases.get(lease_id)
-        if lease is not None and lease.session_id == session_id:
-            if partial is not None and outcome is LeaseOutcome.DRAINED:
-                self._take_over(lease, partial)
-            elif outcome in (LeaseOutcome.DRAINED, LeaseOutcome.ENGINE):
-                self._keep_streamed([lease], f"lease {lease.lease_id}")
-            self.board.end_lease(lease, outcome, message=message)
-            if outcome in _FAULTS:
-                self.demand.lease_ended(now - lease.granted_at, filled=False)
-                self._count_fault(session, lease, outcome, message, now)
-
-    def _keep_streamed(self, leases: Sequence[LiveLease], whose: str) -> None:
-        """Keeps what was told of rollouts that come to nothing: the slots' next leases go on from it."""
-        num_kept = num_tokens = num_told = 0
-        for lease in leases:
-            streamed = self.board.streams.take(lease.lease_id)
-            kept = None if streamed is None else self._take_over(lease, streamed)
-            if kept is not None:
-                num_kept, num_tokens = num_kept + 1, num_tokens + kept.num_tokens
-                num_told += lease.num_tokens
-        if num_kept:
-            self._journal.event(
-                "kept",
-                f"{num_kept} rollouts of {whose}, with {num_tokens} of the {num_told} tokens that it told of",
-            )
-
-    def _take_over(self, lease: LiveLease, partial: SentPartial) -> HandedOver | None:
-        """Keeps what was played elsewhere, unless its group is closed or it is unsound."""
-        group = self.groups.get(lease.group_id)
-        if group is None or group.slots[lease.slot].filled is not None:
-            return None
-        try:
-            kept = partials.check(partial, self.limits, self.lineage.versions, group, self.epoch)
-        except Rejected as rejected:
-            self._journal.record(ItemsRefused(rejected=(rejected.code,)))
-            self._journal.event("rejected", f"partial rollout of lease {lease.lease_id}: {rejected}")
-            return None
-        group.slots[lease.slot].handed_over = kept
-        self._journal.record(
-            PartialStored(
-                group_id=lease.group_id,
-                slot=lease.slot,
-                payload=partial.payload,
-                checksum=partial.checksum,
-                newest=kept.newest,
-                num_tokens=kept.num_tokens,
-            )
-        )
-        return kept
-
-    def _advance(self, session: Session) -> None:
-        """Journals the number of an item that leaves no trajectory; a stored one has its number with it."""
-        self._journal.record(SequenceAdvanced(session.session_id, session.last_sequence))
-
-    def _decide(self, session: Session, submission: Submission, now: float) -> Verdict:
-        live = self.leases.get(submission.lease_id)
-        lease = self._lease_of(submission.lease_id) if live is None else live.place
-        group = self.board.find(lease[0])
-        if submission.trajectory_id in self._known:
-            self._advance(session)
-            self._journal.record(ItemsRefused(duplicates=1))
-            return DUPLICATE
-        if submission.flaw is not None:
-            raise submission.flaw
-        if submission.num_sampled > self._max_tokens:
-            raise Rejected(
-                RejectionCode.TOO_LONG,
-                f"{submission.num_sampled} sampled tokens; at most {self._max_tokens} are allowed",
-            )
-        validation.check_versions(submission.versions, self.lineage.versions)
-        if group is not None:
-            validation.check_task(submission.task, group.task)
-            validation.check_observation(submission.observation_digest, group.observation_digest)
-        oldest = submission.oldest
-        verdict = self._verdict_on(group, lease[1], oldest)
-        filled = Filled(
-            submission.trajectory_id,
-            oldest.step,
-            submission.num_sampled,
-            submission.is_mixed,
-            submission.reward,
-            submission.observation_digest,
-        )
-        self._store(session, submission, lease, filled, verdict)
-        if group is not None:
-            self._settle(group, lease[1], live, submission.lease_id, filled, verdict, now)
-        return verdict
-
-    def _lease_of(self, lease_id: str) -> tuple[int, int, int]:
-        """(group_id, slot, attempt) of a lease that was granted and lives no more. Raises Rejected."""
-        named = parse_lease_name(lease_id)
-        if named is not None:
-            group_id, slot, attempt = named
-            group = self.board.find(group_id)
-            if group is None:
-                if self._history.was_granted(group_id, slot, attempt):
-                    return named
-            elif slot < len(group.slots) and attempt < group.slots[slot].next_attempt:
-                return named
-        raise Rejected(RejectionCode.UNKNOWN_LEASE, f"lease {lease_id[:40]!r} was never granted in this run")
-
-    def _verdict_on(self, group: Group | None, slot_number: int, oldest: PolicyVersion) -> Verdict:
-        if group is not None and group.is_quarantined:
-            return Verdict(TrajectoryState.QUARANTINED, message="its group is quarantined")
-        if group is None or group.group_id not in self.groups or self.board.is_assigned(group):
-            return Verdict(TrajectoryState.SURPLUS, message="its group is trained or dropped")
-        if group.slots[slot_number].filled is not None:
-            return Verdict(TrajectoryState.SURPLUS, message="its slot was filled by another")
-        if oldest.epoch == self.epoch and oldest.step < group.born.step:
-            return Verdict(
-                TrajectoryState.STALE, message=f"version {oldest} is older than the group's {group.born}"
-            )
-        return PENDING
-
-    def _store(
-        self,
-        session: Session,
-        submission: Submission,
-        lease: tuple[int, int, int],
-        filled: Filled,
-        verdict: Verdict,
-    ) -> None:
-        """lease: (group_id, slot, attempt)."""
-        assert verdict.state is not None
-        self._known.add(submission.trajectory_id)
-        self._journal.record(
-            # By place, not by name: of these there is one for each trajectory, and names cost 1 us.
-            TrajectoryStored(
-                filled.trajectory_id,
-                *lease,
-                session.session_id,
-                session.last_sequence,
-                verdict.state,
-                submission.task.environment,
-                filled.oldest_step,
-                filled.num_sampled,
-                filled.mixed,
-                filled.reward,
-                filled.observation_digest,
-                submission.payload if verdict is PENDING else None,
-                submission.checksum,
-            )
-        )
-
-    def _settle(
-        self,
-        group: Group,
-        slot_number: int,
-        own: LiveLease | None,
-        lease_id: str,
-        filled: Filled,
-        verdict: Verdict,
-        now: float,
-    ) -> None:
-        """Fills the slot, or frees it, and ends the leases that this makes needless.
-
-        own: the lease that it came under, if that still lives.
-        """
-        slot = group.slots[slot_number]
-        environment = group.task.environment
-        if verdict is PENDING:
-            slot.given_up = False
-            self.num_filled += 1
-            self.outages.filled(environment, lease_id, now)
-            slot.filled = filled
-        if own is not None:
-            self.demand.lease_ended(now - own.granted_at, filled=verdict is PENDING)
-            self._stragglers.finished(own, environment, filled.num_sampled, now)
-            self.board.end_lease(own, LeaseOutcome.FILLED)
-        if slot.filled is not None and slot.lease_ids:
-            self.board.revoke_leases(slot, "another result came first")
-        if own is None:
-            self.board.end_if_useless(group)
-
     # -- ending things ----------------------------------------------------------------------
 
     def _end_session(self, session: Session, outcome: LeaseOutcome, reason: str) -> None:
         leases = self.leases.of_session(session.session_id)
-        self._keep_streamed(leases, session.info.actor_id)
+        self._take_overs.keep_streamed(leases, session.info.actor_id)
         for lease in leases:
             group = self.groups.get(lease.group_id)
             if group is not None:
@@ -633,25 +387,3 @@ class Scheduler:
         self.evaluations.session_ended(session.session_id, outcome, reason)
         self.fleet.remove(session.session_id)
         self._journal.record(SessionClosed(session_id=session.session_id, reason=reason))
-
-    def _count_fault(
-        self, session: Session, lease: LiveLease, outcome: LeaseOutcome, message: str, now: float
-    ) -> None:
-        group = self.board.find(lease.group_id)
-        kind = _FAULTS[outcome]
-        if kind is None or group is None:
-            self._journal.event("fault", f"{session.info.actor_id}, lease {lease.lease_id}: {message[:500]}")
-        else:
-            self.outages.fault(group.task.environment, lease.lease_id, kind, message, now)
-
-
-def _is_next(session: Session, sequence: int) -> bool:
-    """Notes an item's number; False if it was decided upon before. Raises SequenceGap."""
-    if sequence <= session.last_sequence:
-        return False
-    if sequence != session.last_sequence + 1:
-        raise SequenceGap(
-            f"item {sequence} follows {session.last_sequence}; send again from {session.last_sequence + 1}"
-        )
-    session.last_sequence = sequence
-    return True

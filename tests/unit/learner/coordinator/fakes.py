@@ -184,7 +184,7 @@ class Submitter:
 
     def __call__(self, message: trajectory_pb2.Trajectory, *, now: float = 0.0):  # type: ignore[no-untyped-def]
         self.sequence += 1
-        return self.scheduler.submit(self.session_id, self.sequence, read(message), now)
+        return self.scheduler.docket.submit(self.session_id, self.sequence, read(message), now)
 
     def release(  # type: ignore[no-untyped-def]
         self,
@@ -196,4 +196,6 @@ class Submitter:
         partial: SentPartial | None = None,
     ) -> None:
         self.sequence += 1
-        self.scheduler.release(self.session_id, self.sequence, lease.lease_id, outcome, message, now, partial)
+        self.scheduler.docket.release(
+            self.session_id, self.sequence, lease.lease_id, outcome, message, now, partial
+        )

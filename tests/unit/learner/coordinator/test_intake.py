@@ -139,7 +139,9 @@ async def test_what_actors_do_all_the_time_wakes_the_trainer_but_no_other_actor(
 async def test_a_lease_that_is_free_again_wakes_the_actors(run: Run):
     await run.coordinator.commit()
     news = run.coordinator.news.next()
-    run.scheduler.release(run.session_id, 1, run.leases[0].lease_id, LeaseOutcome.INFRASTRUCTURE, "died", 0.0)
+    run.scheduler.docket.release(
+        run.session_id, 1, run.leases[0].lease_id, LeaseOutcome.INFRASTRUCTURE, "died", 0.0
+    )
     await run.coordinator.commit()
     assert news.is_set()
 

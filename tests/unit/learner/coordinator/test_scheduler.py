@@ -160,8 +160,8 @@ def test_an_item_that_was_decided_upon_is_acknowledged_again_and_not_decided_aga
     version = start(scheduler)
     session = join(scheduler)
     message = make_message(acquire(scheduler, session, version, num=1)[0], version)
-    assert scheduler.submit(session, 1, read(message), 0.0).state is TrajectoryState.PENDING
-    assert scheduler.submit(session, 1, read(message), 0.0).is_duplicate
+    assert scheduler.docket.submit(session, 1, read(message), 0.0).state is TrajectoryState.PENDING
+    assert scheduler.docket.submit(session, 1, read(message), 0.0).is_duplicate
 
 
 def test_a_gap_in_the_sequence_is_refused():
@@ -170,7 +170,7 @@ def test_a_gap_in_the_sequence_is_refused():
     session = join(scheduler)
     message = make_message(acquire(scheduler, session, version, num=1)[0], version)
     with pytest.raises(SequenceGap, match="send again from 1"):
-        scheduler.submit(session, 2, read(message), 0.0)
+        scheduler.docket.submit(session, 2, read(message), 0.0)
 
 
 def test_a_newer_session_of_an_actor_fences_the_older_one():
