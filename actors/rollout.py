@@ -68,6 +68,16 @@ class Progress:
 
 
 @dataclass(slots=True)
+class Running:
+    """A lease that is being played."""
+
+    lease: Lease
+    progress: Progress
+    task: asyncio.Task[None]
+    revoked: bool = False
+
+
+@dataclass(slots=True)
 class _Tokens:
     """The trajectory's arrays, as they grow."""
 

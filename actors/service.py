@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import faulthandler
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import grpc
 
 from actors.engines.base import Engine
+from actors.heartbeat import Heartbeat
 from actors.install import Installer
-from actors.rollout import ENGINE_SECONDS, Player, Progress
+from actors.rollout import Player, Progress, Running
 from actors.session import Session, translate
 from actors.streaming import Streamer
 from actors.uplink import Uplink
@@ -43,7 +41,7 @@ from penstock.signals import Stop
 from penstock.tasks import task_group, unless_stopped
 from penstock.trajectory import Lease, Pin, PolicyVersion, Trajectory
 from penstock.v1 import coordinator_pb2 as pb
-from penstock.waits import Waits, WaitSummary
+from penstock.waits import Waits
 from penstock.watchdog import Watchdog, watch_loop
 from penstock.weights.media.collective import CollectiveReceiver
 
@@ -54,27 +52,16 @@ _FINISH_SECONDS = 2.0
 _RETURN_SECONDS = 2.5
 _FLUSH_SECONDS = 3.0
 _GATHER_SECONDS = 0.005
-_PIECE_SECONDS = 0.25
-"""Between two heartbeats that bring pieces of rollouts, at the least."""
 LOOP_SECONDS = 120.0
 """An event loop that does not turn for this long is dead."""
 DRAIN_LIMIT_SECONDS = 60.0
 """Of a drain that should take less than ten."""
-MAX_WAITS_TOLD = 8
 MAX_ITEM_BYTES = MAX_MESSAGE_BYTES - 64 * 1024
 """Beside it, a message holds a session's id and little else."""
 
 
 class PinLost(PenstockError):
     """An evaluation's rollout cannot be of its version to the end. Nobody's fault: another actor plays it."""
-
-
-@dataclass(slots=True)
-class _Running:
-    lease: Lease
-    progress: Progress
-    task: asyncio.Task[None]
-    revoked: bool = False
 
 
 def _checked(item: pb.SubmitItem) -> pb.SubmitItem:
@@ -86,30 +73,6 @@ def _checked(item: pb.SubmitItem) -> pb.SubmitItem:
             kind=FaultKind.DATA,
         )
     return item
-
-
-def _report(lease_id: str, progress: Progress, now: float) -> pb.LeaseProgress:
-    message = pb.LeaseProgress(
-        lease_id=lease_id, num_tokens=progress.num_tokens, num_turns=progress.num_turns
-    )
-    if progress.environment_since is not None:
-        message.environment_wait.CopyFrom(to_duration(now - progress.environment_since))
-    return message
-
-
-class Standstill:
-    """An engine that is asked for tokens and makes none."""
-
-    def __init__(self, *, seconds: float) -> None:
-        self._seconds = seconds
-        self._num_tokens = -1
-        self._moved_at = 0.0
-
-    def is_over(self, *, asked_seconds: float, num_tokens: int, now: float) -> bool:
-        """asked_seconds: for how long the oldest request waits. Did nothing move for `seconds`?"""
-        if num_tokens != self._num_tokens:
-            self._num_tokens, self._moved_at = num_tokens, now
-        return min(asked_seconds, now - self._moved_at) >= self._seconds
 
 
 class Actor:
@@ -138,13 +101,22 @@ class Actor:
         self.uplink = uplink
         self._players = players
         self._run_id = run_id
-        self._heartbeat_seconds = heartbeat_seconds
         self._stop = stop
         self.waits = waits or Waits()
-        self._streamer = Streamer(every_tokens=stream_tokens)
-        self._standstill = Standstill(seconds=ENGINE_SECONDS)
         self._failure: NoProgress | None = None
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, Running] = {}
+        self._heartbeat = Heartbeat(
+            session=session,
+            engine=engine,
+            installer=installer,
+            uplink=uplink,
+            players=players,
+            running=self._running,
+            waits=self.waits,
+            streamer=Streamer(every_tokens=stream_tokens),
+            seconds=heartbeat_seconds,
+            on_standstill=self._give_up,
+        )
         self._room = asyncio.Event()
         self.counts: Counter[str] = Counter()
         self._engine_started = False
@@ -188,7 +160,7 @@ class Actor:
                     ("watch", self._watch()),
                     ("install", self._install()),
                     ("uplink", self.uplink.run()),
-                    ("heartbeat", self._heartbeat()),
+                    ("heartbeat", self._heartbeat.run()),
                 )
             ]
             await self._lease(tasks)
@@ -280,7 +252,7 @@ class Actor:
     def _start(self, tasks: asyncio.TaskGroup, lease: Lease) -> None:
         progress = Progress()
         task = tasks.create_task(self._play(lease, progress), name=f"rollout {lease.lease_id}")
-        self._running[lease.lease_id] = _Running(lease, progress, task)
+        self._running[lease.lease_id] = Running(lease, progress, task)
 
     async def _play(self, lease: Lease, progress: Progress) -> None:
         """One rollout, to the item that ends its lease. A fault ends the lease, not the actor."""
@@ -367,7 +339,7 @@ class Actor:
             _log.warning("lease %s ended by %s fault: %s", lease.lease_id, name, message)
         return pb.Release(lease_id=lease.lease_id, reason=reason, message=message[:500])
 
-    # -- directives and heartbeats --------------------------------------------------------
+    # -- directives ----------------------------------------------------------------------
 
     async def _watch(self) -> None:
         given_up_at = time.monotonic() + self.session.patience_seconds
@@ -412,86 +384,12 @@ class Actor:
                 running.revoked = True
                 running.task.cancel()
 
-    async def _heartbeat(self) -> None:
-        """At its interval, and sooner if there is much to tell of a long rollout."""
-        due_at = 0.0
-        while True:
-            if time.monotonic() >= due_at or self._streamer.is_due(self._streamed()):
-                await self.session.call(self._beat)
-                due_at = time.monotonic() + self._heartbeat_seconds
-            await asyncio.sleep(min(_PIECE_SECONDS, max(due_at - time.monotonic(), 0.01)))
-
-    def _progress(self) -> dict[str, Progress]:
-        return {lease_id: running.progress for lease_id, running in self._running.items()}
-
-    def _streamed(self) -> dict[str, Progress]:
-        """Those that another actor could go on from; an evaluation's begin anew."""
-        return {
-            name: running.progress for name, running in self._running.items() if running.lease.pin is None
-        }
-
-    async def _beat(self, session_id: str) -> None:
-        installed = self.installer.installed
-        stats = self.engine.stats()
-        waits = self.waits.summary()
-        now = time.monotonic()
-        rollouts = self._progress()
-        running = [_report(lease_id, progress, now) for lease_id, progress in rollouts.items()]
-        spooled = [pb.LeaseProgress(lease_id=lease_id) for lease_id in self.uplink.held_leases()]
-        answer: pb.HeartbeatResponse = await self.session.stub.Heartbeat(
-            pb.HeartbeatRequest(
-                session_id=session_id,
-                installed=None if installed is None else version_to_wire(installed[0]),
-                progress=[*running, *spooled],
-                stats=pb.EngineStats(
-                    num_running=stats.num_running,
-                    num_waiting=stats.num_waiting,
-                    num_tokens=stats.num_tokens,
-                    tokens_per_second=stats.tokens_per_second,
-                    num_installs=stats.num_installs,
-                    max_install_seconds=stats.max_install_seconds,
-                ),
-                num_unacknowledged=self.uplink.num_unacknowledged,
-                waits=[
-                    pb.ActorWait(
-                        what=wait.what,
-                        owner=wait.owner,
-                        count=wait.count,
-                        longest=to_duration(wait.longest_seconds),
-                        limit=to_duration(wait.limit_seconds),
-                    )
-                    for wait in waits[:MAX_WAITS_TOLD]
-                ],
-                environments=[
-                    pb.EnvironmentUse(
-                        name=name,
-                        num_answers=player.num_answers,
-                        waited=to_duration(player.waited_seconds),
-                    )
-                    for name, player in self._players.items()
-                ],
-                pieces=self._streamer.pieces(self._streamed()),
-                weights=pb.WeightsUse(
-                    medium=self.installer.came_over, num_versions=self.installer.num_fetched
-                ),
-            ),
-            timeout=10.0,
-        )
-        self._streamer.answered(answer.held)
-        self._watch_engine(waits, stats.num_tokens)
-
-    def _watch_engine(self, waits: Sequence[WaitSummary], num_tokens: int) -> None:
-        """An engine that stands still ends the actor, in order: what it holds is played elsewhere."""
-        asked = max((wait.longest_seconds for wait in waits if wait.what == "tokens"), default=0.0)
-        if self._failure is None and self._standstill.is_over(
-            asked_seconds=asked, num_tokens=num_tokens, now=time.monotonic()
-        ):
-            self._failure = NoProgress(f"the engine was asked for tokens and made none for {asked:.0f} s")
-            _log.critical("%s; leaving", self._failure)
-            faulthandler.dump_traceback(all_threads=True)
-            self._stop.set(str(self._failure))
-
     # -- leaving ------------------------------------------------------------------------
+
+    def _give_up(self, failure: NoProgress) -> None:
+        """Ends the actor, in order: what it holds is played elsewhere."""
+        self._failure = failure
+        self._stop.set(str(failure))
 
     async def _drain(self) -> None:
         """Finishes what ends soon, returns the rest, and says goodbye: under 10 s in all."""

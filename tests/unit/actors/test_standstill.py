@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from actors.service import Standstill
+from actors.heartbeat import Standstill
 
 
 def test_an_engine_that_makes_no_token_while_asked_is_at_a_standstill():
