@@ -25,7 +25,7 @@ from penstock.weights.manifest import Blob, Delta, Manifest, Medium, Snapshot
 from penstock.weights.media.base import Patience, WeightReceiver
 
 if TYPE_CHECKING:
-    from penstock.weights.delta import Frame
+    from penstock.weights.delta import Change
 
 _log = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ class _Making:
     """Makes a version of a base and deltas while they arrive.
 
     Once a block of the base and all changes to it are here, a thread applies them one after the other, and
-    verifies what came of it, while the block is in the cache.
+    another verifies what came of it, while the block is in the cache.
     """
 
     def __init__(
@@ -212,18 +212,20 @@ class _Making:
         self._staging = staging
         self._done = 0
         self._patience = patience
-        self._threads = ThreadPoolExecutor(num_threads(), thread_name_prefix="deltas")
-        self._blocks: list[Future[None]] = []
+        self._makers = ThreadPoolExecutor(num_threads(), thread_name_prefix="deltas")
+        self._verifier = ThreadPoolExecutor(1, thread_name_prefix="verify")
+        self._blocks: list[Future[Future[None]]] = []
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Returns once no thread works any more. Raises WeightTransferError for deltas that contradict themselves."""
-        self._threads.shutdown(cancel_futures=kind is not None)
+        self._makers.shutdown(cancel_futures=kind is not None)
+        self._verifier.shutdown(cancel_futures=kind is not None)
         if kind is None:
             for block in self._blocks:
-                block.result()
+                block.result().result()
 
     def base_arrived(self, num_bytes: int) -> None:
         """The base's first bytes are here."""
@@ -249,19 +251,17 @@ class _Making:
             start, self._done = self._done, min(self._done + FRAME_BYTES, size)
             made = self._staging.invalidate(start, self._done)
             changes = [(delta.data, frame) for delta in self._deltas for frame in delta.take(self._done)]
-            self._blocks.append(self._threads.submit(self._make, start, self._done, changes, made))
+            self._blocks.append(self._makers.submit(self._make, start, self._done, changes, made))
 
-    def _make(
-        self, start: int, end: int, changes: Sequence[tuple[NDArray[np.uint8], Frame]], made: Sequence[int]
-    ) -> None:
+    def _make(self, start: int, end: int, changes: Sequence[Change], made: Sequence[int]) -> Future[None]:
         from penstock.weights.delta import FrameDecoder
 
-        target, decoder = self._staging.packed, FrameDecoder()
+        target = self._staging.packed
         target[start:end] = self._base.packed[start:end]
-        for data, frame in changes:
-            decoder.apply(data, frame, target[frame.offset : frame.end])
+        FrameDecoder().apply(changes, target)
         # A chunk that begins in the block before is verified at the end.
-        self._staging.verify([index for index in made if self._staging.begins(index) >= start])
+        whole = [index for index in made if self._staging.begins(index) >= start]
+        return self._verifier.submit(self._staging.verify, whole)
 
 
 def _size(blob: Blob, index: int) -> int:

@@ -28,7 +28,7 @@ import heapq
 import itertools
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -38,7 +38,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from penstock.errors import WeightTransferError
-from penstock.weights.delta_loops import LANES, LONG_GAP, add_changes, write_changes
+from penstock.weights.delta_loops import LANES, LONG_GAP, add_frames, write_changes
 from penstock.weights.manifest import DTYPE_BYTES, TensorEntry
 
 FRAME_BYTES = 4 * 1024 * 1024
@@ -89,6 +89,10 @@ class Frame:
     @property
     def is_dense(self) -> bool:
         return self.num_changes == self.num_words
+
+
+Change = tuple[NDArray[np.uint8], Frame]
+"""A delta, and a frame of it."""
 
 
 class _Scratch:
@@ -192,29 +196,53 @@ class FrameDecoder:
         self._decompressor = zstandard.ZstdDecompressor()
         self._positions: NDArray[np.uint32] = np.empty(0, dtype=np.uint32)
 
-    def apply(self, delta: NDArray[np.uint8], frame: Frame, span: NDArray[np.uint8]) -> None:
-        """Makes the new bytes of the old, in place.
+    def apply(self, changes: Iterable[Change], version: NDArray[np.uint8]) -> None:
+        """Makes the new bytes of the old, in place, frame after frame.
 
-        span: [num_words * width] uint8, writable: the bytes that the frame covers.
-        Raises WeightTransferError if the streams contradict each other; then `span` is spoilt,
-        and nothing beyond it was touched.
+        version: [num_bytes] uint8, writable, of all that the frames cover.
+        Raises WeightTransferError if streams contradict each other; then what that frame covers is
+        spoilt, and nothing beyond it was touched.
         """
-        if span.size != frame.num_words * frame.width:
-            raise ValueError(f"a frame of {frame.num_words * frame.width} bytes for a span of {span.size}")
-        gaps, symbols, steps, words = (self._stream(delta, frame, index) for index in range(4))
-        if frame.is_dense:
-            span[:] = words
-            return
-        if self._positions.size < frame.num_changes:
-            self._positions = np.empty(frame.num_changes, dtype=np.uint32)
-        dtype = _WORDS[frame.width]
-        if not add_changes(
-            span.view(dtype), frame.num_changes, gaps, symbols, steps.view(np.int8), words.view(dtype),
-            self._positions,
-        ):  # fmt: skip
+        for (is_dense, width), group in itertools.groupby(
+            changes, lambda each: (each[1].is_dense, each[1].width)
+        ):
+            if is_dense:
+                for delta, frame in group:
+                    version[frame.offset : frame.end] = self._stream(delta, frame, 3)
+            else:
+                self._add(list(group), _WORDS[width], version)
+
+    def _add(self, changes: Sequence[Change], dtype: np.dtype[Any], version: NDArray[np.uint8]) -> None:
+        """Sparse frames of words of one dtype, in one call: between two, threads would wait for each other."""
+        frames = [frame for _, frame in changes]
+        start, end = min(frame.offset for frame in frames), max(frame.end for frame in frames)
+        streams = [[self._stream(delta, frame, index) for delta, frame in changes] for index in range(4)]
+        gaps, symbols, steps, words = (np.concatenate(each) for each in streams)
+        table = np.array(
+            [
+                (
+                    (frame.offset - start) // frame.width,
+                    frame.num_words,
+                    frame.num_changes,
+                    *frame.plain_bytes,
+                )
+                for frame in frames
+            ],
+            dtype=np.int64,
+        )
+        table[:, -1] //= dtype.itemsize
+        most = max(frame.num_changes for frame in frames)
+        if self._positions.size < most:
+            self._positions = np.empty(most, dtype=np.uint32)
+        num_applied = add_frames(
+            version[start:end].view(dtype), table,
+            gaps, symbols, steps.view(np.int8), words.view(dtype), self._positions,
+        )  # fmt: skip
+        if num_applied < len(frames):
+            bad = frames[num_applied]
             raise WeightTransferError(
-                f"the delta for bytes {frame.offset} to {frame.end} contradicts itself: {frame.num_changes} "
-                f"changes in {frame.num_words} words do not fit its streams"
+                f"the delta for bytes {bad.offset} to {bad.end} contradicts itself: {bad.num_changes} "
+                f"changes in {bad.num_words} words do not fit its streams"
             )
 
     def _stream(self, delta: NDArray[np.uint8], frame: Frame, index: int) -> NDArray[np.uint8]:
@@ -279,23 +307,19 @@ def apply_all(deltas: Sequence[NDArray[np.uint8]], version: NDArray[np.uint8], *
 
     Raises WeightTransferError.
     """
-    blocks: dict[int, list[tuple[NDArray[np.uint8], Frame]]] = {}
+    blocks: dict[int, list[Change]] = {}
     for delta in deltas:
         for frame in frames_of(delta, version.size):
             blocks.setdefault(frame.offset // FRAME_BYTES, []).append((delta, frame))
 
-    def apply_block(frames: list[tuple[NDArray[np.uint8], Frame]]) -> None:
-        decoder = FrameDecoder()
-        for delta, frame in frames:
-            decoder.apply(delta, frame, version[frame.offset : frame.end])
-
     if num_threads == 1:
-        for frames in blocks.values():
-            apply_block(frames)
+        decoder = FrameDecoder()
+        for changes in blocks.values():
+            decoder.apply(changes, version)
         return
     # The loops and zstd run without the interpreter's lock.
     with ThreadPoolExecutor(num_threads) as threads:
-        list(threads.map(apply_block, blocks.values()))
+        list(threads.map(lambda changes: FrameDecoder().apply(changes, version), blocks.values()))
 
 
 def merge(deltas: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:

@@ -127,7 +127,7 @@ def _find_positions(num_words, num_changes, gaps, positions):  # type: ignore[no
 
 
 @compiled
-def add_changes(span, num_changes, gaps, symbols, steps, words, positions):  # type: ignore[no-untyped-def]
+def _add_changes(span, num_changes, gaps, symbols, steps, words, positions):  # type: ignore[no-untyped-def]
     """Applies a sparse frame to `span`. False, with nothing beyond its bounds read or written, if it cannot be.
 
     positions: scratch, [at least num_changes] uint32. Changes lie about a cache line apart, where the processor
@@ -156,3 +156,27 @@ def add_changes(span, num_changes, gaps, symbols, steps, words, positions):  # t
             span[position] = words[next_word]
             next_word += 1
     return next_step == steps.size and next_word == words.size
+
+
+@compiled
+def add_frames(span, table, gaps, symbols, steps, words, positions):  # type: ignore[no-untyped-def]
+    """Applies sparse frames, one after the other. Returns how many, before one that cannot be.
+
+    table: [F, 7] int64: where a frame's words begin in `span`, how many, its changes, and the sizes of its
+    streams, which stand one behind the other. positions: scratch, [at least the most changes] uint32.
+    """
+    gap = symbol = step = word = 0  # where the frame's streams begin
+    for frame in range(table.shape[0]):
+        start, num_words, num_changes, num_gaps, num_symbols, num_steps, num_own = table[frame]
+        if not _add_changes(
+            span[start : start + num_words],
+            num_changes,
+            gaps[gap : gap + num_gaps],
+            symbols[symbol : symbol + num_symbols],
+            steps[step : step + num_steps],
+            words[word : word + num_own],
+            positions,
+        ):
+            return frame
+        gap, symbol, step, word = gap + num_gaps, symbol + num_symbols, step + num_steps, word + num_own
+    return table.shape[0]

@@ -2,7 +2,7 @@
 
     receiver (DEALER)                 server (ROUTER, a thread of the coordinator)
       ChunkRequest          ->
-      up to CREDITS of them ->
+      up to CREDIT_BYTES    ->
                             <-        ChunkHeader, bytes      one answer a request
 
 The receiver's credits are all the flow control there is: the server never has more
@@ -39,12 +39,15 @@ from penstock.weights.manifest import (
 from penstock.weights.media.base import Chunk, Patience
 from penstock.weights.segment import Segment, open_segment
 
-CREDITS = 8
+CREDIT_BYTES = 8 * 1024 * 1024
+"""Of chunks that a receiver has asked for and does not have. One chunk may be more."""
+MAX_REQUESTS = 64
+"""Of them, however small."""
 
 _log = logging.getLogger(__name__)
 
-# ZeroMQ counts what was read in steps of half a queue: one of CREDITS alone would drop answers.
-_QUEUE_MESSAGES = 2 * CREDITS
+# ZeroMQ counts what was read in steps of half a queue: one of MAX_REQUESTS alone would drop answers.
+_QUEUE_MESSAGES = 2 * MAX_REQUESTS
 _POLL_MILLISECONDS = 100
 _MAX_REQUEST_BYTES = 4096
 
@@ -251,12 +254,14 @@ class _Requests:
         self._todo = list(reversed(indices))
         self._outstanding: dict[tuple[bytes, int], int] = {}
         """Indices that are asked for, by how the server knows them."""
+        self._outstanding_bytes = 0
 
     def fill(self) -> bool:
         """Sends requests as far as the credits go. False when every chunk is here."""
-        while self._todo and len(self._outstanding) < CREDITS:
+        while self._todo and self._has_credit(self._todo[-1]):
             index = self._todo.pop()
             self._outstanding[self._origin(index)] = index
+            self._outstanding_bytes += self._num_bytes(index)
             self._send(index)
         return bool(self._outstanding)
 
@@ -278,7 +283,20 @@ class _Requests:
                 f"the server holds version {self._blob.version} no more; fetch a newer version"
             )
         del self._outstanding[header.source, header.index]
+        self._outstanding_bytes -= self._num_bytes(index)
         return index, np.frombuffer(frames[1].buffer, dtype=np.uint8)
+
+    def _has_credit(self, index: int) -> bool:
+        if not self._outstanding:
+            return True
+        return (
+            len(self._outstanding) < MAX_REQUESTS
+            and self._outstanding_bytes + self._num_bytes(index) <= CREDIT_BYTES
+        )
+
+    def _num_bytes(self, index: int) -> int:
+        where = self._blob.chunk(index)
+        return int(where.stop - where.start)
 
     def _send(self, index: int) -> None:
         source, source_index = self._origin(index)

@@ -186,8 +186,7 @@ def test_a_delta_that_arrives_in_pieces_is_known_block_by_block(piece_bytes: int
         end = min(start + piece_bytes, whole.size)
         delta[start:end] = whole[start:end]
         known.append(arriving.arrived(end))
-        for frame in arriving.take(known[-1]):
-            decoder.apply(delta, frame, made[frame.offset : frame.end])
+        decoder.apply([(delta, frame) for frame in arriving.take(known[-1])], made)
         assert np.array_equal(made[: known[-1]], new.buffer[: known[-1]])
     assert known == sorted(known)
     assert known[-1] == made.size

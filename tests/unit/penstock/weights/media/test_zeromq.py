@@ -15,6 +15,7 @@ from penstock.trajectory import PolicyVersion
 from penstock.v1 import weights_pb2
 from penstock.weights.fetch import WeightFetcher
 from penstock.weights.manifest import Manifest, ZeromqMedium
+from penstock.weights.media import zeromq
 from penstock.weights.media.base import Patience
 from penstock.weights.media.shared_memory import SharedMemoryReceiver
 from penstock.weights.media.zeromq import ZeromqReceiver, ZeromqServer
@@ -272,9 +273,16 @@ def test_a_server_that_answers_garbage_is_an_error(
     server.close()
 
 
+@pytest.mark.parametrize(
+    ("credit_bytes", "expected"), [(zeromq.CREDIT_BYTES, 64), (256 * 5 + 100, 5), (10, 1)]
+)
 def test_chunks_are_asked_for_a_bounded_number_at_a_time(
-    ring: SegmentRing, context: zmq.Context[zmq.Socket[bytes]]
+    context: zmq.Context[zmq.Socket[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+    credit_bytes: int,
+    expected: int,
 ) -> None:
+    monkeypatch.setattr(zeromq, "CREDIT_BYTES", credit_bytes)
     small = SegmentRing(name_prefix="penstock-test-zeromq-small", chunk_bytes=256)
     manifest = small.write(PolicyVersion(1, 0), tensors())
     seen: list[int] = []
@@ -291,7 +299,7 @@ def test_chunks_are_asked_for_a_bounded_number_at_a_time(
     server.close()
     small.close()
     assert len(manifest.chunk_digests) > 100
-    assert seen == list(range(8))
+    assert seen == list(range(expected))
 
 
 def _added(server: ZeromqServer, ring: SegmentRing, step: int) -> Manifest:
