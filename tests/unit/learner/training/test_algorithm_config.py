@@ -12,21 +12,6 @@ from learner.training.algorithm_config import AlgorithmConfig
 from penstock import config as configuration
 from penstock.errors import ConfigError
 
-OTHERS: dict[str, tuple[Any, ...]] = {
-    "updates_per_step": (2,),
-    "clip_low": (0.05,),
-    "clip_high": (0.01,),
-    "dual_clip": (1.2,),
-    "correction_low": (0.99,),
-    "correction_high": (1.01,),
-    "correction_threshold": (0.001,),
-    "aggregation_tokens": (5,),
-    "max_refills": (3,),
-    "overlong_share": (0.9,),
-    "overlong_penalty": (3.0,),
-}
-"""A value of each number that differs from every preset's."""
-
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_by_itself_is_its_recipe(preset: Preset) -> None:
