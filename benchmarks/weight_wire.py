@@ -1,8 +1,8 @@
 """The ZeroMQ medium between two hosts: network namespaces with a veth pair. Needs root.
 
     rate_over_tcp          bytes a second of a fetch (received, copied into place, every chunk's digest
-                           checked) over those of a raw TCP socket that throws away what it reads; on the
-                           bare veth pair, whose rate is that of the processor
+                           checked) over those of a raw TCP socket that sends as many and throws away what it
+                           reads; on the bare veth pair, whose rate is that of the processor
     join_over_bytes_time   time until an actor that is 20 versions late holds the newest one, over the time
                            of the deltas' bytes at the raw socket's rate; on a link of --gbit
     fresh_over_bytes_time  the same for an actor that holds nothing: a snapshot and 20 deltas
@@ -104,7 +104,8 @@ class Learner:
         (self._folder / name).write_bytes(manifest_to_wire(offered).SerializeToString())
 
     def _serve_raw(self) -> None:
-        data = memoryview(np.zeros(self._num_bytes, dtype=np.uint8))
+        # Other bytes than zeros, which the system keeps in one page that never leaves the cache.
+        data = memoryview(self._random().view(np.uint8))
         with socket.create_server((LEARNER, RAW_PORT)) as listener:
             while True:
                 peer, _ = listener.accept()

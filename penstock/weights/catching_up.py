@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -148,12 +148,14 @@ class CatchingUp:
         with _Making(chain, self._chain, base, staging, patience) as making:
             if way.snapshot is None:
                 making.base_arrived(manifest.num_bytes)
-            for num_chunks in _arrivals(receiver, medium, chain, self._chain, patience):
-                making.deltas_arrived(num_chunks)
+            _fetch(receiver, medium, chain, self._chain, patience, making.deltas_arrived)
             if way.snapshot is not None:
                 self._snapshot.prepare(way.snapshot)
-                for num_chunks in _arrivals(receiver, medium, way.snapshot, self._snapshot, patience):
-                    making.base_arrived(min(num_chunks * way.snapshot.chunk_bytes, manifest.num_bytes))
+                size, end = way.snapshot.chunk_bytes, manifest.num_bytes
+                _fetch(
+                    receiver, medium, way.snapshot, self._snapshot, patience,
+                    lambda num_chunks: making.base_arrived(min(num_chunks * size, end)),
+                )  # fmt: skip
         staging.verify(staging.missing())
         self._snapshot = ChunkBuffer()
         if staging.missing():
@@ -163,15 +165,20 @@ class CatchingUp:
             )  # fmt: skip
 
 
-def _arrivals(
-    receiver: WeightReceiver, medium: Medium, blob: Blob, into: ChunkBuffer, patience: Patience
-) -> Iterator[int]:
-    """Fetches what is missing of a blob. Yields how many of its first chunks are here, whenever that grows.
+def _fetch(
+    receiver: WeightReceiver,
+    medium: Medium,
+    blob: Blob,
+    into: ChunkBuffer,
+    patience: Patience,
+    arrived: Callable[[int], None],
+) -> None:
+    """Fetches what is missing of a blob. Tells how many of its first chunks are here, whenever that grows.
 
-    What the caller does meanwhile costs no time while the credits keep the line busy.
+    What is done with them meanwhile costs no time while the credits keep the line busy.
     """
     missing = into.missing()
-    yield missing[0] if missing else len(blob.chunk_digests)
+    arrived(missing[0] if missing else len(blob.chunk_digests))
     here = set[int]()
     first = 0
     if missing:
@@ -183,7 +190,7 @@ def _arrivals(
                 while first < len(missing) and missing[first] in here:
                     first += 1
                 if first > before:
-                    yield missing[first] if first < len(missing) else len(blob.chunk_digests)
+                    arrived(missing[first] if first < len(missing) else len(blob.chunk_digests))
     if into.missing():
         raise WeightTransferError(
             f"{len(into.missing())} chunks on the way to version {blob.version} arrived with another digest"

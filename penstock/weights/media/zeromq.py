@@ -48,6 +48,8 @@ _log = logging.getLogger(__name__)
 
 # ZeroMQ counts what was read in steps of half a queue: one of MAX_REQUESTS alone would drop answers.
 _QUEUE_MESSAGES = 2 * MAX_REQUESTS
+_COPIED_BYTES = 512 * 1024
+"""A smaller chunk is copied sooner than ZeroMQ's threads have agreed on when its memory is free again."""
 _POLL_MILLISECONDS = 100
 _MAX_REQUEST_BYTES = 4096
 
@@ -184,7 +186,7 @@ class ZeromqServer:
         # sees another digest and asks again, and then the nonce tells us that it is gone.
         self._num_chunks += 1
         self._num_bytes += chunk.size
-        self._socket.send_multipart([*prefix, chunk.data], copy=False)
+        self._socket.send_multipart([*prefix, chunk.data], copy=chunk.size < _COPIED_BYTES)
 
 
 class ZeromqReceiver:
