@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 
 from penstock.weights.compiled import compiled
 
-LANES = 16
+LANES = 8
 """64-bit lanes that are compared together."""
 LONG_GAP = 255
 """A byte of gaps that adds itself and goes on."""
