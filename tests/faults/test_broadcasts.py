@@ -123,6 +123,7 @@ async def test_a_member_that_is_struck_in_the_middle_holds_nobody_up(tmp_path: P
         await finish(bench)
 
 
+@pytest.mark.slow
 async def test_an_actor_that_is_killed_in_the_middle_leaves_a_group_of_the_others(tmp_path: Path):
     async with make_bench(tmp_path) as bench:
         members = await start(bench, "a1")

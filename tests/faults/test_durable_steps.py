@@ -95,7 +95,9 @@ def test_an_undisturbed_run_trains_groups_in_order(tmp_path: Path):
 
 
 @pytest.mark.parametrize("syscall", ["fdatasync", "pwrite64", "writev"])
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize(
+    "share", [0.0, 0.3, 0.9, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.1, 0.5, 0.7))]
+)
 def test_a_learner_killed_at_a_durable_step_ends_with_the_same_steps(
     tmp_path: Path, syscall: str, share: float
 ):

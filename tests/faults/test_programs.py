@@ -32,6 +32,7 @@ def sound(run: Cluster, num_steps: int) -> None:
     assert found.totals.by_state["trained"] == num_steps * 2 * 4
 
 
+@pytest.mark.slow
 def test_an_environment_that_is_killed_and_comes_back_costs_retries_and_no_reward(run: Cluster):
     server = run.environment("toy_environments:Letters")
     address = server.wait_for_line("serving ").rpartition(" on ")[2]

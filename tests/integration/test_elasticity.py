@@ -46,6 +46,7 @@ def test_a_drained_actors_rollouts_are_gone_on_from_elsewhere(run: Cluster):
     assert drained >= handed_over
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_stands_still_costs_nobody_a_lease(run: Cluster):
     run.environment("toy_environments:Letters")
     timing = ("--fleet.heartbeat_seconds", "0.5", "--fleet.suspect_seconds", "2", "--fleet.dead_seconds", "4")

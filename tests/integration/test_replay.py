@@ -33,6 +33,7 @@ def test_a_run_is_trained_again_to_equal_bits(run: Cluster):
     assert (run.run_dir / last).read_bytes() == (run.run_dir / "replay" / last).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_replay_says_what_is_missing(run: Cluster):
     run.environment("toy_environments:Letters")
     learner = run.learner("--training.checkpoint.keep", "1", num_steps=5)

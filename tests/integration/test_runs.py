@@ -46,6 +46,7 @@ def test_a_run_goes_from_start_to_finish(run: Cluster):
     assert all(line["lag_max"] <= 2 for line in lines)
 
 
+@pytest.mark.slow
 def test_max_lag_zero_is_the_synchronous_mode(run: Cluster):
     run.environment("toy_environments:Letters")
     learner = run.learner("--schedule.max_lag", "0", num_steps=4)
@@ -55,6 +56,7 @@ def test_max_lag_zero_is_the_synchronous_mode(run: Cluster):
     assert run.totals().mixed_version_trained == 0
 
 
+@pytest.mark.slow
 def test_a_killed_actor_costs_nothing_and_another_takes_over(run: Cluster):
     run.environment("toy_environments:Letters")
     learner = run.learner(num_steps=12)
@@ -168,7 +170,10 @@ def test_nothing_listens_beyond_loopback(run: Cluster):
     assert listening == {"127.0.0.1"}
 
 
-@pytest.mark.parametrize("how", ["crash", "hang", "raise", "nan", "nothing"])
+@pytest.mark.parametrize(
+    "how",
+    ["hang", "nan", *(pytest.param(how, marks=pytest.mark.slow) for how in ("crash", "raise", "nothing"))],
+)
 def test_a_broken_environment_is_counted_and_holds_nobody_else_up(run: Cluster, how: str):
     run.environment("toy_environments:Letters")
     run.environment("toy_environments:Faulty", "--option", f"how={how}", "--scorer-seconds", "1")
