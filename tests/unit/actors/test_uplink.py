@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 import grpc
 import pytest
 
+from actors import uplink as uplinks
 from actors.session import Identity, Session
 from actors.uplink import Uplink
 from penstock import PROTOCOL, rpc
@@ -31,6 +32,7 @@ class Learner(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self.abort_with: grpc.StatusCode | None = None
         self.corrupt: set[int] = set()
         self.payloads: list[bytes] = []
+        self.num_messages = 0
         self.received = asyncio.Event()
         self.holding = asyncio.Event()
         self.holding.set()
@@ -48,6 +50,7 @@ class Learner(coordinator_pb2_grpc.CoordinatorServiceServicer):
             if request.session_id != self.sessions[-1]:
                 await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "unknown session")
             stored = self.stored[request.session_id]
+            self.num_messages += 1
             for item in request.items:
                 if item.sequence == len(stored) + 1:
                     stored.append(item.release.lease_id)
@@ -109,6 +112,21 @@ async def test_what_is_put_arrives_in_order():
         await send(uplink, ["1", "2", "3"])
     assert learner.stored == {"s0": ["1", "2", "3"]}
     assert uplink.num_unacknowledged == 0
+
+
+async def test_items_that_come_together_share_a_message(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(uplinks, "_GATHER_SECONDS", 0.5)
+    learner = Learner()
+    async with running(learner) as uplink:
+        task = asyncio.create_task(uplink.run())
+        for name in ("1", "2", "3"):
+            await uplink.put(*item(name))
+            await asyncio.sleep(0.02)
+        assert await uplink.flush(20.0)
+        await uplink.close()
+        await task
+    assert learner.stored == {"s0": ["1", "2", "3"]}
+    assert learner.num_messages == 1
 
 
 async def test_what_was_not_acknowledged_is_sent_again():
