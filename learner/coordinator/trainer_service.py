@@ -135,7 +135,9 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
                 self._measure(len(request.group_ids))
                 self._coordinator.step_metrics = dict(request.metrics)
                 self._note_published()
-                await self._coordinator.commit()
+            # Of a repeated call too: the commit of the one before may have failed, or be under way.
+            await self._coordinator.commit()
+            if version == self._scheduler.version and self._publications.get(version) is None:
                 self._publications.publish(manifest)
                 self._coordinator.announce()
             return pb.PublishVersionResponse(deltas_wanted=self._publications.serves_other_hosts)
