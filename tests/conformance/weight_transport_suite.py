@@ -115,7 +115,7 @@ class WeightTransportSuite:
                 for step in range(1, 4):
                     self.publish(ring, step, tensors(seed=step))
 
-        more_than_is_in_flight = [tensor("long", (40 * CHUNK // 4,))]
+        more_than_is_in_flight = [tensor("long", (200 * CHUNK // 4,))]
         first = self.publish(ring, 0, more_than_is_in_flight)
         fetcher = WeightFetcher([ObservedReceiver(self.make_receiver(), before=overwrite)])
         with pytest.raises(WeightTransferError, match=r"version 1\.0"):

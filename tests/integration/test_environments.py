@@ -130,7 +130,9 @@ def test_bad_input_is_one_clear_message_and_status_2(
     tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     (tmp_path / "broken.jsonl").write_text(BROKEN_LINE, encoding="utf-8")
-    finished = run(*arguments, folder=tmp_path)
+    # Else on the usual port, which another program may have.
+    is_served = arguments[0] == "serve" and len(arguments) > 1 and "--bind" not in arguments
+    finished = run(*arguments, *(["--bind", "127.0.0.1:0"] if is_served else []), folder=tmp_path)
     assert finished.returncode == 2
     assert message in finished.stdout + finished.stderr
     assert "Traceback" not in finished.stderr
