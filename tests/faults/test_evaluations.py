@@ -109,6 +109,7 @@ async def test_the_evaluation_of_a_killed_actor_is_finished_by_another(tmp_path:
         assert steps[-1] == 6
 
 
+@pytest.mark.slow
 async def test_an_actor_turns_back_to_finish_the_evaluation_of_a_killed_one(tmp_path: Path):
     """The other had gone on to newer versions by then."""
     async with Bench(tmp_path, num_steps=5, max_lag=4, evaluation=EVALUATION) as bench:

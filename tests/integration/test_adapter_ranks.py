@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -90,6 +91,7 @@ def train_rank(rank: int, num_ranks: int, folder: str) -> None:
                 save_file(found, f"{folder}/{precision}.safetensors")
 
 
+@pytest.mark.slow
 def test_two_ranks_train_publish_and_keep_what_one_does(tmp_path: Path) -> None:
     write_tiny_policy(tmp_path / "policy")
     context = multiprocessing.get_context("spawn")

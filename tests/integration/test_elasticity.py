@@ -18,6 +18,7 @@ def run(tmp_path: Path):  # type: ignore[no-untyped-def]
         yield made
 
 
+@pytest.mark.slow
 def test_a_drained_actors_rollouts_are_gone_on_from_elsewhere(run: Cluster):
     """Every answer waits for its score when the actor is told to leave: none of it is sampled again."""
     gate = run.folder / "gate"

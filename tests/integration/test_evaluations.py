@@ -50,6 +50,7 @@ def test_eval_measures_policies_on_several_environments(tmp_path: Path):
         assert "pass@4" in program.output()
 
 
+@pytest.mark.slow
 def test_eval_says_what_it_cannot_do(tmp_path: Path):
     with cluster(tmp_path) as run:
         run.environment("toy_environments:TrainOnly")

@@ -28,8 +28,8 @@ SMALL = (
     ("recipe", "environment", "max_tokens"),
     [
         ("grpo", LETTERS, 6),
-        ("online_dpo", LETTERS, 6),
-        ("lora", LETTERS, 6),
+        pytest.param("online_dpo", LETTERS, 6, marks=pytest.mark.slow),
+        pytest.param("lora", LETTERS, 6, marks=pytest.mark.slow),
         pytest.param("dapo", LETTERS, 6, marks=pytest.mark.slow),
         pytest.param("multi_turn", "number_guessing:NumberGuessing", 16, marks=pytest.mark.slow),
     ],

@@ -97,6 +97,7 @@ def test_two_ranks_find_the_same_by_shards_by_context_and_by_shared_matrices(fol
     assert_layouts_alike(folder, 2, {"two shards": SHARDS, "two contexts": CONTEXT, "tensor": TENSOR})
 
 
+@pytest.mark.slow
 def test_four_ranks_find_the_same_in_replicas_and_with_shared_matrices(folder: Path) -> None:
     layouts = {"replicas": REPLICAS, "tensor and shards": TENSOR, "tensor and context": TENSOR_AND_CONTEXT}
     assert_layouts_alike(folder, 4, layouts)

@@ -44,6 +44,7 @@ def trained_rewards(run: Cluster, tokenizer_folder: Path) -> dict[tuple[str, str
     return found
 
 
+@pytest.mark.slow
 def test_a_policy_trains_on_the_rewards_that_the_model_gives_directly(tmp_path: Path) -> None:
     with cluster(tmp_path) as run:
         model_folder = train_reward_model(run)
