@@ -18,7 +18,7 @@ from actors.rollout import ENGINE_SECONDS, Player, Progress, Running
 from actors.session import Session
 from actors.streaming import Streamer
 from actors.uplink import Uplink
-from penstock.codec import version_to_wire
+from penstock.codec import stats_to_wire, version_to_wire
 from penstock.errors import NoProgress
 from penstock.rpc import to_duration
 from penstock.v1 import coordinator_pb2 as pb
@@ -86,9 +86,6 @@ class Heartbeat:
                 due_at = time.monotonic() + self._seconds
             await asyncio.sleep(min(_PIECE_SECONDS, max(due_at - time.monotonic(), 0.01)))
 
-    def _progress(self) -> dict[str, Progress]:
-        return {lease_id: running.progress for lease_id, running in self._running.items()}
-
     def _streamed(self) -> dict[str, Progress]:
         """Those that another actor could go on from; an evaluation's begin anew."""
         return {
@@ -100,22 +97,14 @@ class Heartbeat:
         stats = self._engine.stats()
         waits = self._waits.summary()
         now = time.monotonic()
-        rollouts = self._progress()
-        running = [_report(lease_id, progress, now) for lease_id, progress in rollouts.items()]
+        running = [_report(lease_id, each.progress, now) for lease_id, each in self._running.items()]
         spooled = [pb.LeaseProgress(lease_id=lease_id) for lease_id in self._uplink.held_leases()]
         answer: pb.HeartbeatResponse = await self._session.stub.Heartbeat(
             pb.HeartbeatRequest(
                 session_id=session_id,
                 installed=None if installed is None else version_to_wire(installed[0]),
                 progress=[*running, *spooled],
-                stats=pb.EngineStats(
-                    num_running=stats.num_running,
-                    num_waiting=stats.num_waiting,
-                    num_tokens=stats.num_tokens,
-                    tokens_per_second=stats.tokens_per_second,
-                    num_installs=stats.num_installs,
-                    max_install_seconds=stats.max_install_seconds,
-                ),
+                stats=stats_to_wire(stats),
                 num_unacknowledged=self._uplink.num_unacknowledged,
                 waits=[
                     pb.ActorWait(

@@ -7,10 +7,10 @@ from typing import Any
 import grpc
 
 from actors.service import Actor
-from penstock.codec import version_to_wire
+from penstock.codec import stats_to_wire, version_to_wire
 from penstock.signals import Stop
 from penstock.v1 import actor_pb2 as pb
-from penstock.v1 import actor_pb2_grpc, coordinator_pb2
+from penstock.v1 import actor_pb2_grpc
 
 SERVICE = "penstock.v1.ActorService"
 
@@ -35,14 +35,7 @@ class ActorOperatorService(actor_pb2_grpc.ActorServiceServicer):
             session_id=actor.session.session_id,
             state=actor.state,
             installed=None if installed is None else version_to_wire(installed[0]),
-            stats=coordinator_pb2.EngineStats(
-                num_running=stats.num_running,
-                num_waiting=stats.num_waiting,
-                num_tokens=stats.num_tokens,
-                tokens_per_second=stats.tokens_per_second,
-                num_installs=stats.num_installs,
-                max_install_seconds=stats.max_install_seconds,
-            ),
+            stats=stats_to_wire(stats),
             num_rollouts=actor.num_rollouts,
             num_unacknowledged=actor.uplink.num_unacknowledged,
         )

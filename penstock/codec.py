@@ -8,6 +8,7 @@ coordinator's validation.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
 import xxhash
@@ -358,6 +359,34 @@ def manifest_from_wire(message: weights_pb2.WeightManifest) -> Manifest:
     )
     check_manifest(manifest)
     return manifest
+
+
+class ReportsStats(Protocol):
+    """What an engine counts, on either side of the wire."""
+
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def tokens_per_second(self) -> float: ...
+    @property
+    def num_installs(self) -> int: ...
+    @property
+    def max_install_seconds(self) -> float: ...
+
+
+def stats_to_wire(stats: ReportsStats) -> coordinator_pb2.EngineStats:
+    return coordinator_pb2.EngineStats(
+        num_running=stats.num_running,
+        num_waiting=stats.num_waiting,
+        num_tokens=stats.num_tokens,
+        tokens_per_second=stats.tokens_per_second,
+        num_installs=stats.num_installs,
+        max_install_seconds=stats.max_install_seconds,
+    )
 
 
 def _chunk_digests(digests: bytes) -> tuple[bytes, ...]:

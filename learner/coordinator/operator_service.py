@@ -17,7 +17,7 @@ from learner.coordinator.fleet import Session
 from learner.coordinator.ledger import Totals
 from learner.coordinator.records import TrajectoryState
 from learner.coordinator.refusals import refusals
-from penstock.codec import version_to_wire
+from penstock.codec import stats_to_wire, version_to_wire
 from penstock.errors import FaultKind
 from penstock.rpc import to_duration
 from penstock.v1 import coordinator_pb2, operator_pb2_grpc
@@ -135,14 +135,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
             num_leases=len(self._scheduler.leases.of_session(session.session_id))
             + len(self._scheduler.evaluations.leases.of_session(session.session_id)),
             since_heartbeat=to_duration(now - session.heard_at),
-            stats=coordinator_pb2.EngineStats(
-                num_running=stats.num_running,
-                num_waiting=stats.num_waiting,
-                num_tokens=stats.num_tokens,
-                tokens_per_second=stats.tokens_per_second,
-                num_installs=stats.num_installs,
-                max_install_seconds=stats.max_install_seconds,
-            ),
+            stats=stats_to_wire(stats),
             state=self._scheduler.fleet.state(session, now),
             weights=coordinator_pb2.WeightsUse(
                 medium=session.weights.medium, num_versions=session.weights.num_versions
