@@ -139,7 +139,7 @@ class CatchingUp:
         manifest = staging.blob
         assert isinstance(manifest, Manifest)
         way = shortest_way(manifest, newest.blob.digest if newest.blob is not None else None)
-        missing_bytes = sum(_size(manifest, index) for index in staging.missing())
+        missing_bytes = sum(manifest.size_of(index) for index in staging.missing())
         if way is None or (way.snapshot is None and way.num_bytes > missing_bytes):
             return
         chain = Chain.of(way.deltas)
@@ -269,8 +269,3 @@ class _Making:
         # A chunk that begins in the block before is verified at the end.
         whole = [index for index in made if self._staging.begins(index) >= start]
         return self._verifier.submit(self._staging.verify, whole)
-
-
-def _size(blob: Blob, index: int) -> int:
-    where = blob.chunk(index)
-    return int(where.stop - where.start)

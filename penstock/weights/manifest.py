@@ -102,6 +102,11 @@ class Blob:
         start = index * self.chunk_bytes
         return slice(start, min(start + self.chunk_bytes, self.num_bytes))
 
+    def size_of(self, index: int) -> int:
+        """Bytes of chunk `index`."""
+        where = self.chunk(index)
+        return int(where.stop - where.start)
+
     def origin(self, index: int) -> tuple[str, int]:
         """The digest of the blob that a server knows, and the chunk's index in it."""
         return self.digest, index

@@ -263,7 +263,7 @@ class _Requests:
         while self._todo and self._has_credit(self._todo[-1]):
             index = self._todo.pop()
             self._outstanding[self._origin(index)] = index
-            self._outstanding_bytes += self._num_bytes(index)
+            self._outstanding_bytes += self._blob.size_of(index)
             self._send(index)
         return bool(self._outstanding)
 
@@ -285,7 +285,7 @@ class _Requests:
                 f"the server holds version {self._blob.version} no more; fetch a newer version"
             )
         del self._outstanding[header.source, header.index]
-        self._outstanding_bytes -= self._num_bytes(index)
+        self._outstanding_bytes -= self._blob.size_of(index)
         return index, np.frombuffer(frames[1].buffer, dtype=np.uint8)
 
     def _has_credit(self, index: int) -> bool:
@@ -293,12 +293,8 @@ class _Requests:
             return True
         return (
             len(self._outstanding) < MAX_REQUESTS
-            and self._outstanding_bytes + self._num_bytes(index) <= CREDIT_BYTES
+            and self._outstanding_bytes + self._blob.size_of(index) <= CREDIT_BYTES
         )
-
-    def _num_bytes(self, index: int) -> int:
-        where = self._blob.chunk(index)
-        return int(where.stop - where.start)
 
     def _send(self, index: int) -> None:
         source, source_index = self._origin(index)
