@@ -44,8 +44,9 @@ class Retention:
         """The checkpoints that may go. While one's evaluation may still come, it stays."""
         if not self.keep_best:
             return list(newest_first[self.keep :])
-        best = self.best_first(newest_first)[: self.keep_best]
-        newest_result = max((version.step for version in self._results()), default=-1)
+        results = self._results()
+        best = self._ranked(newest_first, results)[: self.keep_best]
+        newest_result = max((version.step for version in results), default=-1)
         return [
             path
             for path in newest_first[self.keep :]
@@ -54,8 +55,10 @@ class Retention:
 
     def best_first(self, paths: Iterable[Path]) -> list[Path]:
         """Those that have the metric; of equal ones the newer first."""
+        return self._ranked(paths, self._results())
+
+    def _ranked(self, paths: Iterable[Path], results: Mapping[PolicyVersion, EvaluationResult]) -> list[Path]:
         sign = -1.0 if self.mode is Mode.MAX else 1.0
-        results = self._results()
         values = {path: self._value(path, results) for path in sorted(paths, reverse=True)}
         ranked = [(sign * value, path) for path, value in values.items() if value is not None]
         return [path for _, path in sorted(ranked, key=lambda each: each[0])]
