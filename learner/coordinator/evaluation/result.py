@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from learner.coordinator.evaluation.records import EvaluationState
+from penstock.errors import ConfigError
 from penstock.scores import MEAN, Score
 from penstock.trajectory import PolicyVersion
 
@@ -38,9 +39,17 @@ class EvaluationResult:
         return self.scores.get(MEAN)
 
     def measure(self, name: str) -> float | None:
-        """[ENVIRONMENT/]reward_mean or [ENVIRONMENT/]pass@K, by default of the mean; None if it has no such number."""
+        """[ENVIRONMENT/]reward_mean or [ENVIRONMENT/]pass@K, by default of the mean; None if it has no such number.
+
+        Raises ConfigError for an environment that was not evaluated.
+        """
         environment, _, measure = name.rpartition("/")
-        score = self.scores.get(environment or MEAN)
+        if (environment or MEAN) not in self.scores:
+            raise ConfigError(
+                f"training.checkpoint.metric names environment {environment!r}, which is not evaluated; expected one "
+                f"of {', '.join(sorted(self.scores))}"
+            )
+        score = self.scores[environment or MEAN]
         if score is None:
             return None
         if measure == "reward_mean":

@@ -179,6 +179,10 @@ def test_the_best_by_an_evaluation_stay_and_so_do_those_that_wait_for_theirs(tmp
         )
         == []
     )
+    with pytest.raises(
+        ConfigError, match=r"environment 'spel', which is not evaluated; expected one of count, mean, spell"
+    ):
+        dataclasses.replace(retention, metric="evaluation/spel/pass@4").stale(checkpoint_folders(folder))
 
 
 @pytest.mark.parametrize(
