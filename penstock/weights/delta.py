@@ -38,7 +38,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from penstock.errors import WeightTransferError
-from penstock.weights.delta_loops import LANES, LONG_GAP, add_frames, write_changes
+from penstock.weights.delta_loops import LONG_GAP, PLACES, add_frames, write_changes
 from penstock.weights.manifest import DTYPE_BYTES, TensorEntry
 
 FRAME_BYTES = 4 * 1024 * 1024
@@ -56,6 +56,7 @@ _HEADER = struct.Struct("<QII BBxx 4I 4I")
 MIN_WIDTH = 2
 _WORDS: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 _LEVEL = 1
+_TRIED_BYTES = 4096
 _PAYS = 7 / 8
 """A stream that zstd makes hardly smaller is stored as it is: decompressing is a third of the time of applying."""
 
@@ -101,7 +102,7 @@ class _Scratch:
     def __init__(self, num_words: int) -> None:
         most = int(num_words * MAX_DENSITY)
         self.num_words = num_words
-        self.places: NDArray[np.int64] = np.empty(LANES * 8 // MIN_WIDTH, dtype=np.int64)
+        self.places: NDArray[np.uint64] = np.empty(PLACES, dtype=np.uint64)
         self.gaps: NDArray[np.uint8] = np.empty(most + num_words // LONG_GAP, dtype=np.uint8)
         self.symbols: NDArray[np.uint8] = np.empty(most // 4 + 1, dtype=np.uint8)
         self.steps: NDArray[np.uint8] = np.empty(most, dtype=np.uint8)
@@ -128,11 +129,10 @@ class FrameEncoder:
             )
         old, new = _as_input(old), _as_input(new)
         scratch = self._scratch_for(new)
-        wide = new.size - new.size % (LANES * 8 // new.itemsize)
         most = int(new.size * MAX_DENSITY)
         num_changes, num_gaps, num_steps, num_words = write_changes(
-            old, new, old[:wide].view(np.uint64), new[:wide].view(np.uint64), most,
-            scratch.places, scratch.gaps, scratch.symbols, scratch.steps, scratch.words.view(new.dtype),
+            old, new, most, scratch.places,
+            scratch.gaps, scratch.symbols, scratch.steps, scratch.words.view(new.dtype),
         )  # fmt: skip
         if num_changes == 0:
             return b""
@@ -154,8 +154,8 @@ class FrameEncoder:
     def _frame(self, offset: int, new: Words, num_changes: int, streams: tuple[bytes, ...]) -> bytes:
         stored, compressed = list(streams), 0
         for index, stream in enumerate(streams):
-            smaller = self._compressor.compress(stream) if self._compressor and len(stream) > 16 else stream
-            if len(smaller) < _PAYS * len(stream):
+            smaller = self._compressed(stream)
+            if smaller is not None:
                 stored[index] = smaller
                 compressed |= 1 << index
         header = _HEADER.pack(
@@ -163,6 +163,16 @@ class FrameEncoder:
             *(len(stream) for stream in stored), *(len(stream) for stream in streams),
         )  # fmt: skip
         return b"".join((header, *stored))
+
+    def _compressed(self, stream: bytes) -> bytes | None:
+        """None where that hardly makes it smaller, which a long stream's beginning tells."""
+        if self._compressor is None or len(stream) <= 16:
+            return None
+        for piece in (stream[:_TRIED_BYTES], stream) if len(stream) > 2 * _TRIED_BYTES else (stream,):
+            smaller = self._compressor.compress(piece)
+            if len(smaller) >= _PAYS * len(piece):
+                return None
+        return smaller
 
 
 def frames_of(delta: NDArray[np.uint8], num_bytes: int) -> Iterator[Frame]:

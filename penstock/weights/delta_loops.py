@@ -5,6 +5,8 @@ They run without the interpreter's lock.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -14,13 +16,51 @@ from numba.extending import intrinsic
 
 from penstock.weights.compiled import compiled
 
-LANES = 8
-"""64-bit lanes that are compared together."""
+BLOCK_BYTES = 128
+"""Compared at a time: as many words as a mask of 64 bits has room for, if they are of two bytes."""
+STRETCH_BYTES = 8 * 1024
+"""Looked through before what changed in it is written."""
+FORESEEN = 3
+"""Changes of a block that are written whether they are there or not."""
+PLACES = STRETCH_BYTES // 2 + 64
 LONG_GAP = 255
 """A byte of gaps that adds itself and goes on."""
 
 _AHEAD = 64
 """Changes between asking for a word's cache line and writing to it: about what a memory access takes."""
+
+
+@intrinsic
+def _differing(typing_context, old, new, start):  # type: ignore[no-untyped-def]
+    """Which of BLOCK_BYTES of words from `start` on are not the same: uint64, the first word in the lowest bit."""
+    num_words = 8 * BLOCK_BYTES // new.dtype.bitwidth
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        words = ir.VectorType(ir.IntType(new.dtype.bitwidth), num_words)
+        old_block, new_block = (
+            _load(context, builder, signature.args[which], arguments[which], arguments[2], words)
+            for which in (0, 1)
+        )
+        flags = builder.bitcast(builder.icmp_unsigned("!=", old_block, new_block), ir.IntType(num_words))
+        return builder.zext(flags, ir.IntType(64)) if num_words < 64 else flags
+
+    return types.uint64(old, new, start), generate
+
+
+def _load(context: Any, builder: Any, kind: Any, array: Any, start: Any, words: Any) -> Any:
+    data = context.make_array(kind)(context, builder, array).data
+    address = builder.bitcast(builder.gep(data, [start]), words.as_pointer())
+    return builder.load(address, align=1)
+
+
+@intrinsic
+def _count(typing_context, flags):  # type: ignore[no-untyped-def]
+    """How many bits of a uint64 are set."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.ctpop(arguments[0])
+
+    return types.uint64(types.uint64), generate
 
 
 @intrinsic
@@ -41,69 +81,83 @@ def _prefetch(typing_context, words, index):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def write_changes(old, new, wide_old, wide_new, most, places, gaps, symbols, steps, words):  # type: ignore[no-untyped-def]
+def _write_places(old, new, start, end, places):  # type: ignore[no-untyped-def]
+    """Writes which words of a whole number of blocks differ. Returns how many.
+
+    Most blocks have few changes, and which ones have any cannot be foreseen: room for some is written whether
+    they are there or not, which is sooner done than a branch is guessed wrong.
+    """
+    one = np.uint64(1)
+    found = np.uint64(0)
+    for block in range(start, end, np.uint64(BLOCK_BYTES // new.itemsize)):
+        flags = _differing(old, new, block)
+        place, found = found, found + _count(flags)
+        for _ in range(FORESEEN):
+            places[place] = block + trailing_zeros(flags)
+            flags &= flags - one
+            place += one
+        while flags != 0:
+            places[place] = block + trailing_zeros(flags)
+            flags &= flags - one
+            place += one
+    return found
+
+
+@compiled
+def write_changes(old, new, most, places, gaps, symbols, steps, words):  # type: ignore[no-untyped-def]
     """Writes the streams of a sparse frame. Returns the numbers of changes, gap bytes, steps and words.
 
-    Ends with `most` + 1 changes, and streams that say nothing, if there are more than `most`.
-    wide_old, wide_new: the same memory as 64-bit lanes; [M] uint64, M a multiple of LANES. What is behind them
-    is less than a block. places: scratch for one block's changes.
+    Ends with more than `most` changes, and streams that say nothing, if there are more.
+    places: scratch, [PLACES] uint64.
+    Indices are unsigned, for numba looks at each signed one, whether it counts from the end.
     """
-    bits = 8 * new.itemsize
-    lane_words = 8 // new.itemsize
-    shift = 4 if bits == 16 else 5
-    top = np.int64(1) << bits
-    half = np.int64(1) << (bits - 1)
-    mask = np.uint64(top - 1)
-    num_changes = num_gaps = num_steps = num_words = 0
-    behind = 0  # the word behind the last change
-    for block in range(0, wide_new.size + 1, LANES):
-        found = 0
-        if block == wide_new.size:
-            for word in range(wide_new.size * lane_words, new.size):
+    one, two, long_gap = np.uint64(1), np.uint64(2), np.uint64(LONG_GAP)
+    mask = (one << np.uint64(8 * new.itemsize)) - one
+    size, stretch = np.uint64(new.size), np.uint64(STRETCH_BYTES // new.itemsize)
+    whole = size - size % np.uint64(BLOCK_BYTES // new.itemsize)
+    num_changes = num_gaps = num_steps = num_words = np.uint64(0)
+    behind = np.uint64(0)  # the word behind the last change
+    four = np.uint64(0)  # the last four symbols
+    start = np.uint64(0)
+    while start < size:
+        if start < whole:
+            end = min(start + stretch, whole)
+            found = _write_places(old, new, start, end, places)
+        else:
+            end, found = size, np.uint64(0)
+            for word in range(whole, size):
                 if old[word] != new[word]:
                     places[found] = word
-                    found += 1
-        else:
-            differing = np.uint64(0)
-            for lane in range(block, block + LANES):
-                differing |= wide_old[lane] ^ wide_new[lane]
-            if differing == 0:
-                continue
-            for lane in range(block, block + LANES):
-                differing = wide_old[lane] ^ wide_new[lane]
-                while differing != 0:
-                    within = np.int64(trailing_zeros(differing)) >> shift
-                    differing &= ~(mask << np.uint64(within << shift))
-                    places[found] = lane * lane_words + within
-                    found += 1
-        if num_changes + found > most:
-            return most + 1, 0, 0, 0
+                    found += one
+        start = end
+        if num_changes + found > np.uint64(most):
+            return num_changes + found, num_gaps, num_steps, num_words
         for index in range(found):  # while both versions' lines are in the cache
             position = places[index]
             gap = position - behind
-            behind = position + 1
-            while gap >= LONG_GAP:
+            behind = position + one
+            while gap >= long_gap:
                 gaps[num_gaps] = LONG_GAP
-                num_gaps += 1
-                gap -= LONG_GAP
+                num_gaps += one
+                gap -= long_gap
             gaps[num_gaps] = gap
-            num_gaps += 1
-            step = (np.int64(new[position]) - np.int64(old[position])) & (top - 1)
-            if step >= half:
-                step -= top
-            if step == 1 or step == -1:
-                symbol = (1 - step) >> 1
-            elif -128 <= step <= 127:
-                symbol = 2
-                steps[num_steps] = step & 255
-                num_steps += 1
+            num_gaps += one
+            step = (np.uint64(new[position]) - np.uint64(old[position])) & mask
+            if (step + np.uint64(128)) & mask < np.uint64(256):
+                # Which of these is none of one unit cannot be foreseen either.
+                is_unit = np.uint64(step in (one, mask))
+                symbol = is_unit * (step >> one & one) + (one - is_unit) * two
+                steps[num_steps] = step & np.uint64(255)
+                num_steps += one - is_unit
             else:
-                symbol = 3
+                symbol = np.uint64(3)
                 words[num_words] = new[position]
-                num_words += 1
-            place = 2 * (num_changes & 3)
-            symbols[num_changes >> 2] = symbol if place == 0 else symbols[num_changes >> 2] | symbol << place
-            num_changes += 1
+                num_words += one
+            four = four >> two | symbol << np.uint64(6)
+            symbols[num_changes >> two] = four  # its place is right once there are four
+            num_changes += one
+    if num_changes & np.uint64(3):
+        symbols[num_changes >> two] = four >> (np.uint64(8) - two * (num_changes & np.uint64(3)))
     return num_changes, num_gaps, num_steps, num_words
 
 
