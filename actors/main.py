@@ -219,8 +219,5 @@ async def _served(operators: ActorOperatorService, settings: ActorConfig) -> Asy
     actor_pb2_grpc.add_ActorServiceServicer_to_server(operators, server)
     rpc.add_standard_services(server, (SERVICE,))
     port = rpc.bind(server, settings.bind, insecure=settings.insecure)
-    await server.start()
-    try:
+    async with rpc.serving(server, grace_seconds=0.5):
         yield f"{rpc.split_address(settings.bind)[0]}:{port}"
-    finally:
-        await server.stop(grace=0.5)

@@ -91,10 +91,8 @@ async def measure(service: Single, *, rounds: int) -> float:
     server = rpc.server()
     add_EnvironmentServiceServicer_to_server(service, server)
     port = rpc.bind(server, "127.0.0.1:0")
-    await server.start()
-    async with EnvironmentClient(f"127.0.0.1:{port}") as client:
+    async with rpc.serving(server, grace_seconds=0), EnvironmentClient(f"127.0.0.1:{port}") as client:
         times = [await rollouts_us(client, number) for number in range(1 + rounds)]
-    await server.stop(0)
     return statistics.median(times[1:])
 
 

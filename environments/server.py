@@ -99,15 +99,16 @@ async def _serve(
     service = EnvironmentService(host, group=group, call_seconds=config.call_seconds)
     add_EnvironmentServiceServicer_to_server(service, server)
     health = rpc.add_standard_services(server, [SERVICE_NAME])
-    await server.start()
     reaper = group.create_task(service.reap(), name="reaper of expired sessions")
-    on_ready(host.description, port)
     try:
-        await stopping
+        async with rpc.serving(server, grace_seconds=_DRAIN_SECONDS):
+            on_ready(host.description, port)
+            try:
+                await stopping
+            finally:
+                await health.enter_graceful_shutdown()
+                service.end_streams()
     finally:
-        await health.enter_graceful_shutdown()
-        service.end_streams()
-        await server.stop(_DRAIN_SECONDS)
         reaper.cancel()
         service.stop()
 

@@ -6,9 +6,10 @@ default; another address must be asked for with `insecure`.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import grpc
 from google.protobuf import duration_pb2
@@ -107,6 +108,20 @@ def add_standard_services(server: grpc.aio.Server, services: Sequence[str]) -> h
     for name in ("", *services):
         servicer._server_status[name] = health_pb2.HealthCheckResponse.SERVING
     return servicer
+
+
+@contextlib.asynccontextmanager
+async def serving(server: grpc.aio.Server, *, grace_seconds: float) -> AsyncIterator[None]:
+    """Starts a server, and stops it whatever happens.
+
+    gRPC's threads write what the next call brings into memory of the server's event loop: once that is closed
+    they would write into whatever lies there.
+    """
+    await server.start()
+    try:
+        yield
+    finally:
+        await server.stop(grace_seconds)
 
 
 def channel(address: str) -> grpc.aio.Channel:

@@ -182,12 +182,11 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
 
 async def _serve(server: grpc.aio.Server, pipe: Connection) -> None:
     port = rpc.bind(server, "127.0.0.1:0")
-    await server.start()
-    began = _cpu_seconds()
-    pipe.send(port)
-    while await asyncio.to_thread(pipe.recv) == "usage":
-        pipe.send(Usage(_cpu_seconds() - began, _peak_rss_mb()))
-    await server.stop(0)
+    async with rpc.serving(server, grace_seconds=0):
+        began = _cpu_seconds()
+        pipe.send(port)
+        while await asyncio.to_thread(pipe.recv) == "usage":
+            pipe.send(Usage(_cpu_seconds() - began, _peak_rss_mb()))
 
 
 def _cpu_seconds() -> float:

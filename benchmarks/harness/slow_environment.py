@@ -64,10 +64,9 @@ async def _serve(arguments: argparse.Namespace) -> None:
     environment_pb2_grpc.add_EnvironmentServiceServicer_to_server(slow, server)
     rpc.add_standard_services(server, ())
     port = rpc.bind(server, "127.0.0.1:0")
-    await server.start()
-    print(f"serving on 127.0.0.1:{port}", flush=True)
-    await stop.wait()
-    await server.stop(grace=0.5)
+    async with rpc.serving(server, grace_seconds=0.5):
+        print(f"serving on 127.0.0.1:{port}", flush=True)
+        await stop.wait()
 
 
 if __name__ == "__main__":

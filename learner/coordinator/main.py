@@ -158,15 +158,14 @@ async def _run(
     rpc.add_standard_services(server, SERVICES)
     try:
         port = rpc.bind(server, settings.bind, insecure=settings.insecure)
-        await server.start()
-        if settings.metrics_bind:
-            serve_metrics(settings.metrics_bind, coordinator, broadcasts, insecure=settings.insecure)
-        keep_memory()
-        print(f"coordinator ready on {host}:{port}", flush=True)  # noqa: T201
-        with Watchdog() as loop_watchdog, Watchdog() as ledger_watchdog:
-            coordinator.watchdog = ledger_watchdog
-            await _until_stopped(coordinator, broadcasts, loop_watchdog)
-        await server.stop(grace=2.0)
+        async with rpc.serving(server, grace_seconds=2.0):
+            if settings.metrics_bind:
+                serve_metrics(settings.metrics_bind, coordinator, broadcasts, insecure=settings.insecure)
+            keep_memory()
+            print(f"coordinator ready on {host}:{port}", flush=True)  # noqa: T201
+            with Watchdog() as loop_watchdog, Watchdog() as ledger_watchdog:
+                coordinator.watchdog = ledger_watchdog
+                await _until_stopped(coordinator, broadcasts, loop_watchdog)
     finally:
         broadcasts.close()
         await asyncio.to_thread(weights_server.close)

@@ -103,7 +103,11 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
                 await self._coordinator.commit()
                 return answer
             self._note(answer)
-            if self._coordinator.stop.is_set() or not await wait_until(change, deadline):
+            if self._coordinator.stop.is_set():
+                # Raises if the ledger failed: then it is the coordinator alone that ends, and the trainer stays.
+                await self._coordinator.commit()
+                return answer
+            if not await wait_until(change, deadline):
                 return answer
 
     def _note(self, waiting: Waiting | None) -> None:

@@ -139,12 +139,11 @@ async def connected_to(fake: FakeServer) -> AsyncIterator[tuple[FakeServer, Envi
     server = rpc.server()
     add_EnvironmentServiceServicer_to_server(fake, server)
     port = rpc.bind(server, "127.0.0.1:0")
-    await server.start()
-    async with EnvironmentClient(
-        f"127.0.0.1:{port}", reset_timeout_seconds=5.0, step_timeout_seconds=5.0
-    ) as client:
+    async with (
+        rpc.serving(server, grace_seconds=0),
+        EnvironmentClient(f"127.0.0.1:{port}", reset_timeout_seconds=5.0, step_timeout_seconds=5.0) as client,
+    ):
         yield fake, client
-    await server.stop(0)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -136,19 +137,17 @@ class TinyServer(EnvironmentServiceServicer):
 
 @pytest.fixture
 async def serving() -> AsyncIterator[Callable[[str], Any]]:
-    servers = []
+    stack = contextlib.AsyncExitStack()
 
     async def start(breaks: str) -> str:
         server = rpc.server()
         add_EnvironmentServiceServicer_to_server(TinyServer(breaks), server)
         port = rpc.bind(server, "127.0.0.1:0")
-        await server.start()
-        servers.append(server)
+        await stack.enter_async_context(rpc.serving(server, grace_seconds=0))
         return f"127.0.0.1:{port}"
 
-    yield start
-    for server in servers:
-        await server.stop(0)
+    async with stack:
+        yield start
 
 
 async def test_a_server_that_keeps_every_rule_passes(serving: Callable[[str], Any]) -> None:

@@ -77,20 +77,18 @@ async def running(learner: Learner, *, max_bytes: int = 1 << 20) -> AsyncIterato
     server = rpc.server()
     coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(learner, server)
     port = rpc.bind(server, "127.0.0.1:0")
-    await server.start()
     identity = Identity(
         actor_id="a", engine="fake", num_slots=1, address="", hostname="h", pid=1, device="cpu"
     )
-    session = Session(
-        f"127.0.0.1:{port}", identity, Stop(), protocol=PROTOCOL, patience_seconds=20.0, held_leases=list
-    )
-    await session.join(connect_seconds=20.0)
-    uplink = Uplink(session, CREDITS, max_bytes=max_bytes)
-    try:
-        yield uplink
-    finally:
-        await session.close()
-        await server.stop(0)
+    async with rpc.serving(server, grace_seconds=0):
+        session = Session(
+            f"127.0.0.1:{port}", identity, Stop(), protocol=PROTOCOL, patience_seconds=20.0, held_leases=list
+        )
+        await session.join(connect_seconds=20.0)
+        try:
+            yield Uplink(session, CREDITS, max_bytes=max_bytes)
+        finally:
+            await session.close()
 
 
 def item(name: str) -> tuple[str, pb.SubmitItem]:

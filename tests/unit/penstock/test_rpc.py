@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -31,10 +32,9 @@ async def holding() -> AsyncIterator[tuple[Holding, str]]:
     server = rpc.server(max_calls_per_connection=2)
     made = Holding(server)
     port = rpc.bind(server, "127.0.0.1:0")
-    await server.start()
-    yield made, f"127.0.0.1:{port}"
-    made.go_on.set()
-    await server.stop(0)
+    async with rpc.serving(server, grace_seconds=0):
+        yield made, f"127.0.0.1:{port}"
+        made.go_on.set()
 
 
 async def until_open(holding: Holding, number: int) -> None:
@@ -68,3 +68,19 @@ async def test_one_channel_that_uses_its_calls_up_leaves_the_next_one_its_own(ho
         await until_open(server, 3)
         server.go_on.set()
         assert await call == b"modest"
+
+
+async def test_a_server_is_stopped_when_what_it_serves_fails():
+    server = rpc.server()
+    made = Holding(server)
+    address = f"127.0.0.1:{rpc.bind(server, '127.0.0.1:0')}"
+    async with rpc.channel(address) as channel:
+        with pytest.raises(RuntimeError, match="the disk is gone"):
+            async with rpc.serving(server, grace_seconds=0):
+                call = channel.unary_unary(METHOD)(b"held", timeout=10.0)
+                await until_open(made, 1)
+                raise RuntimeError("the disk is gone")
+        with pytest.raises(grpc.aio.AioRpcError):
+            await call
+    with contextlib.closing(socket.create_server(("127.0.0.1", int(address.rpartition(":")[2])))):
+        """Nobody listens there any more."""

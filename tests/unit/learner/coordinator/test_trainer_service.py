@@ -1,4 +1,4 @@
-"""Batches too large for one message, and versions that are told of twice."""
+"""Batches too large for one message, versions that are told of twice, and stops."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from learner.coordinator.trainer_service import _MESSAGE_BYTES, TrainerService, 
 from learner.training.coordinator import _decode_next_batch
 from penstock.codec import manifest_to_wire, version_to_wire
 from penstock.errors import LedgerError
+from penstock.rpc import to_duration
 from penstock.signals import Stop
 from penstock.trajectory import Lease, PolicyVersion, Sampling, Task
 from penstock.v1 import trainer_pb2 as pb
@@ -86,11 +87,16 @@ class Context:
 class Service:
     trainer: TrainerService
     ledger: Ledger
+    stop: Stop
     publications: Publications
     request: pb.PublishVersionRequest
 
     async def publish(self) -> None:
         await self.trainer.PublishVersion(self.request, Context())  # type: ignore[arg-type]
+
+    async def next_batch(self) -> list[pb.NextBatchResponse]:
+        request = pb.NextBatchRequest(epoch=1, step=0, wait=to_duration(10.0))
+        return [answer async for answer in self.trainer.NextBatch(request, Context())]  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -104,14 +110,15 @@ def service(tmp_path: Path) -> Iterator[Service]:
         ledger = stack.enter_context(contextlib.closing(Ledger(tmp_path / "ledger.sqlite")))
         scheduler = make_scheduler(history=ledger)
         scheduler.lineage.open(0, [])
-        coordinator = Coordinator(scheduler, ledger, Stop(), run_id="r", clock=lambda: 0.0)
+        stop = Stop()
+        coordinator = Coordinator(scheduler, ledger, stop, run_id="r", clock=lambda: 0.0)
         publications = Publications(server)
         manifest = ring.write(VERSION, [tensor("w", (4,))])
         request = pb.PublishVersionRequest(
             version=version_to_wire(VERSION), manifest=manifest_to_wire(manifest)
         )
         trainer = TrainerService(coordinator, publications, keep_checkpoints=1)
-        yield Service(trainer, ledger, publications, request)
+        yield Service(trainer, ledger, stop, publications, request)
 
 
 async def test_a_version_that_is_told_of_twice_is_published_once(service: Service):
@@ -128,6 +135,21 @@ async def test_a_version_whose_commit_failed_is_not_confirmed_when_it_is_told_of
         with pytest.raises(Refused, match="UNAVAILABLE: the disk is gone"):
             await service.publish()
     assert service.publications.newest is None
+
+
+async def test_a_stop_is_told_to_the_trainer(service: Service):
+    await service.publish()
+    service.stop.set("enough")
+    (answer,) = await service.next_batch()
+    assert answer.stop_requested
+
+
+async def test_a_coordinator_that_ends_since_its_ledger_failed_does_not_stop_the_trainer(service: Service):
+    await service.publish()
+    service.ledger._failed = LedgerError("the disk is gone")
+    service.stop.set("the disk is gone")
+    with pytest.raises(Refused, match="UNAVAILABLE: the disk is gone"):
+        await service.next_batch()
 
 
 async def test_a_version_that_is_told_of_again_waits_for_the_first_one_s_commit(
