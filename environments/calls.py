@@ -14,6 +14,7 @@ import contextlib
 import itertools
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -26,6 +27,10 @@ FAULT_KEY = "penstock-fault"
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 MAX_BYTES = 4 * 1024 * 1024
 """Of one message, unless a single call has more."""
+
+_FEW_CALLS = 16
+_GATHER_SECONDS = 0.003
+_EXPIRY_SECONDS = 0.05
 
 _Stream = grpc.aio.StreamStreamCall[pb.PlayRequest, pb.PlayResponse]
 
@@ -54,6 +59,21 @@ async def call_alone(stub: Any, name: str, request: Any, seconds: float) -> Any:
         raise CallFailed.of(error) from None
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A call that waits for its answer."""
+
+    name: str
+    seconds: float
+    deadline: float
+    """Of the event loop's clock."""
+    answer: asyncio.Future[pb.Answer]
+
+    def fail(self, reason: CallFailed) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(reason)
+
+
 class StreamedCalls:
     """All calls of one event loop to one server."""
 
@@ -65,13 +85,7 @@ class StreamedCalls:
         """Raises CallFailed."""
         if self._conversation is None or self._conversation.is_over:
             self._conversation = _Conversation(self._open_stream)
-        try:
-            async with asyncio.timeout(seconds):
-                answer = await self._conversation.ask(name, request, seconds)
-        except TimeoutError:
-            raise CallFailed(
-                grpc.StatusCode.DEADLINE_EXCEEDED, f"no answer to {name} within {seconds:.3g} s"
-            ) from None
+        answer = await self._conversation.ask(name, request, seconds)
         if answer.HasField("failure"):
             failure = answer.failure
             code = CODES.get(failure.code, grpc.StatusCode.UNKNOWN)
@@ -91,7 +105,7 @@ class _Conversation:
     def __init__(self, open_stream: Callable[[], _Stream]) -> None:
         self._stream = open_stream()
         self._ids = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[pb.Answer]] = {}
+        self._waiting: dict[int, _Asked] = {}
         self._unsent: deque[pb.Call] = deque()
         self._queued = asyncio.Event()
         self._running = asyncio.create_task(self._run(), name="stream of environment calls")
@@ -101,16 +115,17 @@ class _Conversation:
         return self._running.done()
 
     async def ask(self, name: str, request: Any, seconds: float) -> pb.Answer:
-        """Waits for the answer; the caller bounds the wait. Raises CallFailed if the stream ends before."""
+        """Waits for the answer. Raises CallFailed if it is not here in time, or the stream ends before."""
         call_id = next(self._ids)
-        future: asyncio.Future[pb.Answer] = asyncio.get_running_loop().create_future()
-        self._waiting[call_id] = future
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[pb.Answer] = loop.create_future()
+        self._waiting[call_id] = _Asked(name, seconds, loop.time() + seconds, answer)
         self._unsent.append(pb.Call(call_id=call_id, timeout=to_duration(seconds), **{name: request}))
         self._queued.set()
         try:
-            return await future
+            return await answer
         finally:
-            self._waiting.pop(call_id, None)
+            del self._waiting[call_id]
 
     async def close(self) -> None:
         self._running.cancel()
@@ -120,35 +135,55 @@ class _Conversation:
     async def _run(self) -> None:
         """Reads to the end; then whoever still waits hears why."""
         reason = CallFailed(grpc.StatusCode.UNAVAILABLE, "the server ended the stream")
-        writing = asyncio.create_task(self._write(), name="writer of environment calls")
+        others = (
+            asyncio.create_task(self._write(), name="writer of environment calls"),
+            asyncio.create_task(self._expire(), name="deadlines of environment calls"),
+        )
         try:
             await self._read()
         except grpc.aio.AioRpcError as error:
             reason = CallFailed.of(error)
         finally:
-            writing.cancel()
+            for task in others:
+                task.cancel()
             self._stream.cancel()
-            for future in self._waiting.values():
-                if not future.done():
-                    future.set_exception(reason)
+            for asked in self._waiting.values():
+                asked.fail(reason)
 
     async def _read(self) -> None:
         while isinstance(response := await self._stream.read(), pb.PlayResponse):
             for answer in response.answers:
-                future = self._waiting.get(answer.call_id)
-                if future is not None and not future.done():
-                    future.set_result(answer)
+                asked = self._waiting.get(answer.call_id)
+                if asked is not None and not asked.answer.done():
+                    asked.answer.set_result(answer)
+
+    async def _expire(self) -> None:
+        """Ends what waits for too long. One timer for all: with uvloop, one a call costs as much as the call."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_EXPIRY_SECONDS)
+            for asked in self._waiting.values():
+                if asked.deadline <= loop.time():
+                    late = f"no answer to {asked.name} within {asked.seconds:.3g} s"
+                    asked.fail(CallFailed(grpc.StatusCode.DEADLINE_EXCEEDED, late))
 
     async def _write(self) -> None:
         """Sends what is queued. Why a stream has ended is for the reader to find."""
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             while True:
                 await self._queued.wait()
-                # Whoever is ready to run in this turn of the loop comes along.
-                await asyncio.sleep(0)
+                await asyncio.sleep(gather_seconds(len(self._waiting)))
                 self._queued.clear()
                 while self._unsent:
                     await self._stream.write(pb.PlayRequest(calls=take(self._unsent)))
+
+
+def gather_seconds(num_calls: int) -> float:
+    """How long a message waits for more, by the calls that are under way: a message costs more than a call in it.
+
+    With few of them, whoever is ready to run in this turn of the loop comes along.
+    """
+    return 0.0 if num_calls <= _FEW_CALLS else _GATHER_SECONDS
 
 
 def take(queue: deque[Any]) -> list[Any]:

@@ -53,6 +53,8 @@ class EnvironmentClient:
         self._stub = EnvironmentServiceStub(self._channel)
         self._streamed: StreamedCalls | None = StreamedCalls(self._stub.Play)
         """None once the server has said that it takes single calls only."""
+        self._closing: set[asyncio.Task[None]] = set()
+        """Of sessions: nobody waits for them but `close`."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -63,6 +65,8 @@ class EnvironmentClient:
         await self.close()
 
     async def close(self) -> None:
+        if self._closing:
+            await asyncio.wait(self._closing, timeout=_CLOSE_SECONDS)
         if self._streamed is not None:
             await self._streamed.close()
         await self._channel.close()
@@ -74,7 +78,7 @@ class EnvironmentClient:
 
     @contextlib.asynccontextmanager
     async def session(self, *, session_id: str, fence: int, task: Task) -> AsyncIterator[Episode]:
-        """Opens a session on a task, and closes it in any case. Raises EnvironmentFault.
+        """Opens a session on a task, and closes it in any case, without waiting. Raises EnvironmentFault.
 
         While the server is full, waits for up to the deadline of a reset.
         """
@@ -86,7 +90,9 @@ class EnvironmentClient:
                 self, session_id=session_id, fence=fence, messages=messages, observation_digest=digest
             )
         finally:
-            await self._close_session(session_id, fence)
+            closing = asyncio.create_task(self._close_session(session_id, fence), name=f"close {session_id}")
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
 
     async def _close_session(self, session_id: str, fence: int) -> None:
         """A session that cannot be closed expires."""

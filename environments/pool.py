@@ -61,6 +61,9 @@ class WorkerPool:
 
     async def borrow(self, seconds: float) -> tuple[Worker, float]:
         """Waits for an idle worker, the caller's until `release`. Also returns the seconds left. Raises PoolBusy."""
+        worker = self._idle_at_once()
+        if worker is not None:
+            return worker, seconds
         deadline = time.monotonic() + seconds
         try:
             async with asyncio.timeout(seconds - _MIN_CALL_SECONDS):
@@ -71,6 +74,13 @@ class WorkerPool:
             raise PoolBusy(
                 f"none of the {self._num_workers} workers came free within {seconds:.3g} s"
             ) from None
+
+    def _idle_at_once(self) -> Worker | None:
+        while not self._idle.empty():
+            worker = self._idle.get_nowait()
+            if worker.usable:
+                return worker
+        return None
 
     @contextlib.asynccontextmanager
     async def borrowed(self, seconds: float) -> AsyncIterator[tuple[Worker, float]]:

@@ -11,12 +11,14 @@ from typing import Any, NoReturn
 
 import grpc
 
-from environments.calls import FAULT_KEY, take
+from environments.calls import FAULT_KEY, gather_seconds, take
 from penstock.rpc import to_seconds
 from penstock.v1 import environment_pb2 as pb
 
 _log = logging.getLogger(__name__)
 
+_AT_ONCE = frozenset({"renew", "close"})
+"""Calls that wait for nothing."""
 MAX_CALLS = 4096
 """Of one stream at a time; more are not read."""
 
@@ -72,6 +74,8 @@ class Calls:
         try:
             while self._answers or self._num_running or not self._ended:
                 await self._changed.wait()
+                if self._num_running:
+                    await asyncio.sleep(gather_seconds(self._num_running))
                 self._changed.clear()
                 while self._answers:
                     yield pb.PlayResponse(answers=take(self._answers))
@@ -86,7 +90,10 @@ class Calls:
                     if self._ended:
                         return
                     self._num_running += 1
-                    self._spawn(self._run(call), f"call {call.call_id}")
+                    if call.WhichOneof("request") in _AT_ONCE:
+                        await self._run(call)
+                    else:
+                        self._spawn(self._run(call), f"call {call.call_id}")
         finally:
             self.end()
 
