@@ -32,6 +32,10 @@ NO_VERSION = PolicyVersion(0, 0)
 
 _PREFILL_TOKENS = 8192
 """Padded prompt tokens of one prefill; a longer prompt has one of its own."""
+_WORTH_A_PREFILL = 1 / 8
+"""Waiting sequences for each running one. A prefill of one short prompt takes as long as a decode step of all."""
+_MOST_STEPS_WAITED = 3
+"""Decode steps after which fewer are prefilled too."""
 
 _SLOT = np.dtype(
     [
@@ -111,6 +115,7 @@ class Decoder:
         self._logprobs = np.zeros((num_slots, max_context), dtype=np.float32)
         self._concerned: list[Running] = []
         self._outdated: list[int] = []
+        self._num_steps_waited = 0
         self.version: PolicyVersion | None = None
         self.num_sampled = 0
 
@@ -153,7 +158,9 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill(self) -> list[Emission]:
-        """Gives free slots to waiting sequences, and samples their first tokens."""
+        """Gives free slots to waiting sequences, once enough wait, and samples their first tokens."""
+        if not self._is_time_to_prefill():
+            return []
         refused = self._refuse_full()
         slots = self._admit()
         if not slots:
@@ -213,6 +220,14 @@ class Decoder:
         return [slot for slot, sequence in enumerate(self._slots) if sequence is not None]
 
     # Admission
+
+    def _is_time_to_prefill(self) -> bool:
+        enough = min(_WORTH_A_PREFILL * self.num_running, self._num_slots - self.num_running)
+        if self._waiting and len(self._waiting) < enough and self._num_steps_waited < _MOST_STEPS_WAITED:
+            self._num_steps_waited += 1
+            return False
+        self._num_steps_waited = 0
+        return bool(self._waiting)
 
     def _refuse_full(self) -> list[Emission]:
         """Sequences whose prompt leaves no room for a token end at once."""

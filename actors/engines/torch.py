@@ -11,6 +11,7 @@ by construction, and the event loop never waits but in `await`.
 from __future__ import annotations
 
 import asyncio
+import random
 import secrets
 import time
 from collections import deque
@@ -76,6 +77,7 @@ class TorchEngine:
         self._decoder: Decoder | None = None
         self._worker: Worker | None = None
         self._streams: dict[Running, _Stream] = {}
+        self._seeds = random.Random(secrets.randbits(64))
         self._stopped = False
         self._crash: Exception | None = None
         self._num_installs = 0
@@ -202,7 +204,7 @@ class TorchEngine:
     def _sequence(self, request: GenerationRequest) -> Running:
         check_prompt(request, self._architecture.vocab_size)
         limit = min(request.sampling.max_tokens, self._max_context - request.prompt_ids.size)
-        return Running(request, seed=request.sampling.seed or secrets.randbits(64), limit=limit)
+        return Running(request, seed=request.sampling.seed or self._seeds.getrandbits(64), limit=limit)
 
 
 class _LoopOutbox:

@@ -63,6 +63,38 @@ def only(emissions: list[Emission]) -> Emission:
     return emission
 
 
+def test_a_few_that_wait_are_prefilled_together_but_wait_no_longer_than_some_steps(policy: Policy) -> None:
+    decoder = make_decoder(policy, num_slots=20)
+    for _ in range(16):
+        submit(decoder, 5, limit=30)
+    decoder.prefill()
+    assert decoder.num_running == 16
+    submit(decoder, 5, limit=30)
+    decoder.prefill()
+    assert decoder.num_waiting == 1, "one is few beside sixteen"
+    submit(decoder, 5, limit=30)
+    decoder.prefill()
+    assert decoder.num_waiting == 0, "two are an eighth of them"
+    submit(decoder, 5, limit=30)
+    num_steps = 0
+    while decoder.num_waiting:
+        decoder.prefill()
+        decoder.decode()
+        num_steps += 1
+    assert num_steps == 4
+
+
+def test_who_waits_for_the_last_free_slot_is_not_few(policy: Policy) -> None:
+    decoder = make_decoder(policy, num_slots=17)
+    for _ in range(16):
+        submit(decoder, 5, limit=30)
+    decoder.prefill()
+    for _ in range(2):
+        submit(decoder, 5, limit=30)
+    decoder.prefill()
+    assert (decoder.num_running, decoder.num_waiting) == (17, 1)
+
+
 def test_a_sequence_is_prefilled_then_decoded(policy: Policy) -> None:
     decoder = make_decoder(policy)
     sequence = submit(decoder, 5, limit=3)
