@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -321,7 +321,7 @@ class _Rollout:
     def _trajectory(self, episode: Episode, turn: _Turn, result: StepResult) -> Trajectory:
         tokens, description = self._tokens, self._description
         return Trajectory(
-            trajectory_id=uuid.uuid4().hex,
+            trajectory_id=secrets.token_hex(16),
             lease_id=self._lease.lease_id,
             token_ids=np.asarray(tokens.ids, dtype=np.int32),
             loss_mask=np.asarray(tokens.mask, dtype=np.uint8),
