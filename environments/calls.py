@@ -31,6 +31,7 @@ MAX_BYTES = 4 * 1024 * 1024
 _FEW_CALLS = 16
 _GATHER_SECONDS = 0.003
 _EXPIRY_SECONDS = 0.05
+"""Between two looks at what waits for too long."""
 
 _Stream = grpc.aio.StreamStreamCall[pb.PlayRequest, pb.PlayResponse]
 

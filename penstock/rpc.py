@@ -115,8 +115,8 @@ def add_standard_services(server: grpc.aio.Server, services: Sequence[str]) -> h
 async def serving(server: grpc.aio.Server, *, grace_seconds: float) -> AsyncIterator[None]:
     """Starts a server, and stops it whatever happens.
 
-    gRPC's threads write what the next call brings into memory of the server's event loop: once that is closed
-    they would write into whatever lies there.
+    Until it is stopped, gRPC's threads write what the next call brings into objects of its event loop: when those
+    are gone, into whatever lies there.
     """
     await server.start()
     try:

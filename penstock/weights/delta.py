@@ -53,10 +53,10 @@ _Word = TypeVar("_Word", bound=np.generic)
 
 # offset; words, changes; width, compressed streams (bit i: stream i), two zeros; stored and plain sizes.
 _HEADER = struct.Struct("<QII BBxx 4I 4I")
-MIN_WIDTH = 2
 _WORDS: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 _LEVEL = 1
 _TRIED_BYTES = 4096
+"""Of a long stream, before all of it is compressed."""
 _PAYS = 7 / 8
 """A stream that zstd makes hardly smaller is stored as it is: decompressing is a third of the time of applying."""
 

@@ -22,7 +22,8 @@ STRETCH_BYTES = 8 * 1024
 """Looked through before what changed in it is written."""
 FORESEEN = 3
 """Changes of a block that are written whether they are there or not."""
-PLACES = STRETCH_BYTES // 2 + 64
+PLACES = STRETCH_BYTES // 2 + FORESEEN
+"""Room for the changes of a stretch of the narrowest words, and for those that are written and are not there."""
 LONG_GAP = 255
 """A byte of gaps that adds itself and goes on."""
 
