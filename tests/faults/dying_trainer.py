@@ -67,7 +67,7 @@ def half_a_version(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 POINTS = {
-    "in a step, between gradients and weights": Point(owner=Updater, name="_total", instead=before),
+    "in a step, between gradients and weights": Point(owner=Updater, name="_totals", instead=before),
     "after the optimiser's step": Point(owner=Updater, name="update", instead=after),
     "with half a shard of a checkpoint": Point(owner=checkpoint, name="save_file", instead=half_a_shard),
     "with a checkpoint not synced": Point(owner=checkpoint, name="_sync", instead=before),
