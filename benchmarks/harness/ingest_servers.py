@@ -27,12 +27,12 @@ from learner.coordinator.actor_service import ActorService, Welcome
 from learner.coordinator.broadcasts import Broadcasts
 from learner.coordinator.core import Coordinator
 from learner.coordinator.ledger import Ledger
-from learner.coordinator.memory import keep_memory
 from learner.coordinator.publications import Publications
 from learner.coordinator.scheduler import Scheduler
 from learner.coordinator.tasks import TaskOrder, TaskSource
 from learner.coordinator.validation import Limits
 from penstock import rpc
+from penstock.memory import collect_rarely, keep_arrays
 from penstock.signals import Stop
 from penstock.trajectory import PolicyVersion, Sampling
 from penstock.v1 import coordinator_pb2 as pb
@@ -157,7 +157,8 @@ async def _coordinate(pipe: Connection, folder: Path, num_trajectories: int) -> 
     coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(
         ActorService(coordinator, Publications(weights), broadcasts, welcome), server
     )
-    keep_memory()
+    keep_arrays()
+    collect_rarely()
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(coordinator.tick_forever(), name="tick")
         tasks.create_task(coordinator.commit_ticks(), name="commit-ticks")

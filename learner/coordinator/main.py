@@ -27,7 +27,6 @@ from learner.coordinator.core import STANDSTILL_SECONDS, Coordinator
 from learner.coordinator.evaluation.log import EvaluationLog
 from learner.coordinator.evaluation.plan import EVAL, EvaluationSource, Plan
 from learner.coordinator.ledger import Ledger, Recovered
-from learner.coordinator.memory import keep_memory
 from learner.coordinator.metrics import serve_metrics
 from learner.coordinator.operator_service import OperatorService
 from learner.coordinator.publications import Publications
@@ -40,6 +39,7 @@ from learner.coordinator.weights_service import WeightsService
 from penstock import config, log, parent, rpc
 from penstock.codec import manifest_from_wire
 from penstock.errors import ConfigError, EnvironmentFault, LedgerError, Stopped
+from penstock.memory import collect_rarely, keep_arrays
 from penstock.policy_files import PolicyFolder, read_policy_folder
 from penstock.signals import Stop
 from penstock.tasks import task_group
@@ -161,7 +161,8 @@ async def _run(
         async with rpc.serving(server, grace_seconds=2.0):
             if settings.metrics_bind:
                 serve_metrics(settings.metrics_bind, coordinator, broadcasts, insecure=settings.insecure)
-            keep_memory()
+            keep_arrays()
+            collect_rarely()
             print(f"coordinator ready on {host}:{port}", flush=True)  # noqa: T201
             with Watchdog() as loop_watchdog, Watchdog() as ledger_watchdog:
                 coordinator.watchdog = ledger_watchdog

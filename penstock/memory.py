@@ -1,0 +1,40 @@
+"""How a service's process handles its memory: it rarely looks for garbage, and may keep what it will need again."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT_BYTES = 4 * 1024 * 1024
+"""Of free memory that a heap may end with; each of gRPC's threads has one."""
+_OWN_MAPPING_BYTES = 256 * 1024
+"""What is larger is still mapped by itself and given back: arrays of 32 trajectories are smaller, a message is not."""
+_YOUNG, _MIDDLE, _OLD = 10_000, 20, 50
+"""New values until the young are looked through, and how often that is until older ones are too."""
+
+
+def collect_rarely() -> None:
+    """Call once the process is set up: what exists by now is not looked through again.
+
+    Python looks for cycles among all values again and again, half a million of them where
+    torch and transformers are imported, while what a message or a rollout leaves goes by its
+    counts alone. An actor spent a fifth of its event loop's time on it, a coordinator 6 %.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_YOUNG, _MIDDLE, _OLD)
+
+
+def keep_arrays() -> None:
+    """For a process whose arrays are those of messages.
+
+    By default glibc takes each of them from the kernel and gives it back at once, which
+    zeroes its pages anew for the next message: of 30 us that it takes to read a trajectory of
+    1,024 tokens, 15.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # another C library has no such setting
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, _OWN_MAPPING_BYTES)
