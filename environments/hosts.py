@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 from environments import frames
 from environments.base import Description, Message, StepResult
-from environments.pool import WorkerPool
+from environments.pool import PoolBusy, WorkerPool
 from environments.worker_process import Worker, WorkerTimeout
 from penstock.errors import EnvironmentFault, PenstockError, ProtocolError
 from penstock.trajectory import Reward, RewardStatus, Task
@@ -69,18 +71,37 @@ class SingleTurnHost:
         self._pool = pool
         self._scorer_seconds = scorer_seconds
         self._prompts = PromptCache(max_characters=_MAX_CACHED_CHARACTERS)
+        self._asking: WeakValueDictionary[Task, asyncio.Lock] = WeakValueDictionary()
+        """Held by who asks a worker for a task's prompt: a group's sessions want the same one at once."""
 
     def episode(self, task: Task) -> Episode:
         return _SingleTurn(self, task)
 
     async def prompt(self, task: Task, seconds: float) -> Messages:
         messages = self._prompts.get(task)
-        if messages is None:
-            async with self._pool.borrowed(seconds) as (worker, left):
-                answer = await worker.call("prompt", left, task=frames.task_to_json(task))
-            messages = checked(frames.messages_from_json, answer)
-            self._prompts.put(task, messages)
-        return messages
+        return await self._ask(task, seconds) if messages is None else messages
+
+    async def _ask(self, task: Task, seconds: float) -> Messages:
+        """Asks a worker, unless another session does: then its answer serves both, and its fault only itself."""
+        deadline = time.monotonic() + seconds
+        asking = self._asking.setdefault(task, asyncio.Lock())
+        try:
+            async with asyncio.timeout(seconds):
+                await asking.acquire()
+        except TimeoutError:
+            raise PoolBusy(
+                f"{task} was asked for by others, and not answered within {seconds:.3g} s"
+            ) from None
+        try:
+            messages = self._prompts.get(task)
+            if messages is None:
+                async with self._pool.borrowed(deadline - time.monotonic()) as (worker, left):
+                    answer = await worker.call("prompt", left, task=frames.task_to_json(task))
+                messages = checked(frames.messages_from_json, answer)
+                self._prompts.put(task, messages)
+            return messages
+        finally:
+            asking.release()
 
     async def score(self, task: Task, action: str, seconds: float) -> StepResult:
         """A scorer that had its full time and gave no answer is a reward's status; less time is a fault."""
