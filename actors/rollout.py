@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -132,6 +133,8 @@ class Player:
         """Resets and steps that its environment answered."""
         self.waited_seconds = 0.0
         """What they took in all."""
+        self._ids = random.Random(secrets.randbits(128))
+        """Of trajectories. The system's own generator is a call of the kernel for each."""
         self._engine = engine
         self._renderer = renderer
         self._client = client
@@ -321,7 +324,7 @@ class _Rollout:
     def _trajectory(self, episode: Episode, turn: _Turn, result: StepResult) -> Trajectory:
         tokens, description = self._tokens, self._description
         return Trajectory(
-            trajectory_id=secrets.token_hex(16),
+            trajectory_id=f"{self._player._ids.getrandbits(128):032x}",
             lease_id=self._lease.lease_id,
             token_ids=np.asarray(tokens.ids, dtype=np.int32),
             loss_mask=np.asarray(tokens.mask, dtype=np.uint8),

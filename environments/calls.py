@@ -29,7 +29,7 @@ MAX_BYTES = 4 * 1024 * 1024
 """Of one message, unless a single call has more."""
 
 _FEW_CALLS = 16
-_GATHER_SECONDS = 0.003
+_GATHER_SECONDS = 0.008
 _EXPIRY_SECONDS = 0.05
 """Between two looks at what waits for too long."""
 
@@ -84,9 +84,7 @@ class StreamedCalls:
 
     async def __call__(self, name: str, request: Any, seconds: float) -> Any:
         """Raises CallFailed."""
-        if self._conversation is None or self._conversation.is_over:
-            self._conversation = _Conversation(self._open_stream)
-        answer = await self._conversation.ask(name, request, seconds)
+        answer = await self._current().ask(name, request, seconds)
         if answer.HasField("failure"):
             failure = answer.failure
             code = CODES.get(failure.code, grpc.StatusCode.UNKNOWN)
@@ -95,9 +93,19 @@ class StreamedCalls:
             raise CallFailed(grpc.StatusCode.INTERNAL, f"the answer to {name} is none")
         return getattr(answer, name)
 
-    async def close(self) -> None:
+    def post(self, name: str, request: Any, seconds: float) -> None:
+        """Makes a call whose answer nobody reads."""
+        self._current().post(name, request, seconds)
+
+    async def close(self, seconds: float) -> None:
+        """Ends the stream once its calls are answered, or after so long."""
         if self._conversation is not None:
-            await self._conversation.close()
+            await self._conversation.close(seconds)
+
+    def _current(self) -> _Conversation:
+        if self._conversation is None or self._conversation.is_over:
+            self._conversation = _Conversation(self._open_stream)
+        return self._conversation
 
 
 class _Conversation:
@@ -109,6 +117,7 @@ class _Conversation:
         self._waiting: dict[int, _Asked] = {}
         self._unsent: deque[pb.Call] = deque()
         self._queued = asyncio.Event()
+        self._ending = False
         self._running = asyncio.create_task(self._run(), name="stream of environment calls")
 
     @property
@@ -117,18 +126,27 @@ class _Conversation:
 
     async def ask(self, name: str, request: Any, seconds: float) -> pb.Answer:
         """Waits for the answer. Raises CallFailed if it is not here in time, or the stream ends before."""
-        call_id = next(self._ids)
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[pb.Answer] = loop.create_future()
+        call_id = self.post(name, request, seconds)
         self._waiting[call_id] = _Asked(name, seconds, loop.time() + seconds, answer)
-        self._unsent.append(pb.Call(call_id=call_id, timeout=to_duration(seconds), **{name: request}))
-        self._queued.set()
         try:
             return await answer
         finally:
             del self._waiting[call_id]
 
-    async def close(self) -> None:
+    def post(self, name: str, request: Any, seconds: float) -> int:
+        """Queues a call; returns its number. An answer for which nobody waits is dropped."""
+        call_id = next(self._ids)
+        self._unsent.append(pb.Call(call_id=call_id, timeout=to_duration(seconds), **{name: request}))
+        self._queued.set()
+        return call_id
+
+    async def close(self, seconds: float) -> None:
+        """Half-closes the stream behind the last call; the server ends it when all are answered."""
+        self._ending = True
+        self._queued.set()
+        await asyncio.wait([self._running], timeout=seconds)
         self._running.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._running
@@ -177,6 +195,9 @@ class _Conversation:
                 self._queued.clear()
                 while self._unsent:
                     await self._stream.write(pb.PlayRequest(calls=take(self._unsent)))
+                if self._ending:
+                    await self._stream.done_writing()
+                    return
 
 
 def gather_seconds(num_calls: int) -> float:

@@ -54,7 +54,8 @@ class EnvironmentClient:
         self._streamed: StreamedCalls | None = StreamedCalls(self._stub.Play)
         """None once the server has said that it takes single calls only."""
         self._closing: set[asyncio.Task[None]] = set()
-        """Of sessions: nobody waits for them but `close`."""
+        """Of sessions, by single calls: nobody waits for them but `close`."""
+        self._is_closed = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -65,10 +66,11 @@ class EnvironmentClient:
         await self.close()
 
     async def close(self) -> None:
+        self._is_closed = True
         if self._closing:
             await asyncio.wait(self._closing, timeout=_CLOSE_SECONDS)
         if self._streamed is not None:
-            await self._streamed.close()
+            await self._streamed.close(_CLOSE_SECONDS)
         await self._channel.close()
 
     async def describe(self) -> Description:
@@ -90,17 +92,24 @@ class EnvironmentClient:
                 self, session_id=session_id, fence=fence, messages=messages, observation_digest=digest
             )
         finally:
-            closing = asyncio.create_task(self._close_session(session_id, fence), name=f"close {session_id}")
-            self._closing.add(closing)
-            closing.add_done_callback(self._closing.discard)
+            self._close_session(pb.CloseRequest(session_id=session_id, fence=fence))
 
-    async def _close_session(self, session_id: str, fence: int) -> None:
+    def _close_session(self, request: pb.CloseRequest) -> None:
         """A session that cannot be closed expires."""
-        request = pb.CloseRequest(session_id=session_id, fence=fence)
+        if self._is_closed:
+            return
+        if self._streamed is not None:
+            self._streamed.post("close", request, _CLOSE_SECONDS)
+            return
+        closing = asyncio.create_task(self._close_alone(request), name=f"close {request.session_id}")
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+    async def _close_alone(self, request: pb.CloseRequest) -> None:
         try:
-            await self._once("close", request, _CLOSE_SECONDS)
+            await call_alone(self._stub, "close", request, _CLOSE_SECONDS)
         except CallFailed as failed:
-            _log.debug("session %s at %s was not closed: %s", session_id, self.address, failed)
+            _log.debug("session %s at %s was not closed: %s", request.session_id, self.address, failed)
 
     async def step(self, request: pb.StepRequest) -> StepResult:
         """One step of an Episode."""
