@@ -234,6 +234,13 @@ async def test_a_session_is_closed_whatever_happens_in_it(
     await closed(fake, "a")
 
 
+async def test_a_client_that_leaves_at_once_has_closed_its_sessions(fake: FakeServer) -> None:
+    async with connected_to(fake) as (_, client):
+        await play(client)
+        await client.close()
+        assert fake.closed == ["a"]
+
+
 async def test_a_server_that_is_away_for_a_moment_is_asked_again(
     client: EnvironmentClient, fake: FakeServer
 ) -> None:
