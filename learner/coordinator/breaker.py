@@ -13,7 +13,7 @@ some were, only failures count.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from enum import StrEnum
 
 from learner.config import BreakerConfig
@@ -108,24 +108,34 @@ class Breaker:
                 return self._enter(BreakerState.CLOSED, now)
         return None
 
-    def look(self, waits: Mapping[str, float], *, others_go_on: bool, now: float) -> BreakerState | None:
+    def look(
+        self,
+        waits: Mapping[str, float],
+        rollouts: Callable[[], Set[str]],
+        *,
+        others_go_on: bool,
+        now: float,
+    ) -> BreakerState | None:
         """Call once a second.
 
-        waits: by live lease of this environment, for how long it waits for an answer; 0 if it
-        does not. others_go_on: another environment could use what this one holds up.
+        waits: by live lease of this environment that waits for an answer, for how long.
+        rollouts: all its live leases, which takes a while to find.
+        others_go_on: another environment could use what this one holds up.
         """
         if self.state is BreakerState.OPEN:
             return None if self.probe_due_seconds(now) else self._enter(BreakerState.PROBING, now)
         limit = self.overdue_seconds
         overdue = {lease_id for lease_id, wait in waits.items() if limit is not None and wait > limit}
         if self.state is BreakerState.PROBING:
-            self._probes &= waits.keys()
+            self._probes &= rollouts()
             if overdue & self._probes:
                 return self._open(f"a probe waits for longer than {limit:.1f} s", now)
-        elif others_go_on and len(overdue) >= max(self._config.failures, len(waits) / 2):
-            return self._open(
-                f"{len(overdue)} of its {len(waits)} rollouts wait for longer than {limit:.1f} s", now
-            )
+        elif others_go_on and len(overdue) >= self._config.failures:
+            num_rollouts = len(rollouts())
+            if len(overdue) >= num_rollouts / 2:
+                return self._open(
+                    f"{len(overdue)} of its {num_rollouts} rollouts wait for longer than {limit:.1f} s", now
+                )
         return None
 
     def _open(self, reason: str, now: float) -> BreakerState:

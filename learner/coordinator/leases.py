@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -65,6 +66,10 @@ class LeaseTable:
         self._progress_timeout = progress_timeout
         self._name = name
         self._leases: dict[str, LiveLease] = {}
+        self._waiting: dict[str, LiveLease] = {}
+        """Those whose rollout waits for its environment."""
+        self._none_expires_before = -math.inf
+        """Deadlines only move on, and those of new leases come after those of older ones."""
         self._by_session: defaultdict[str, set[str]] = defaultdict(set)
 
     def __len__(self) -> int:
@@ -76,6 +81,10 @@ class LeaseTable:
 
     def get(self, lease_id: str) -> LiveLease | None:
         return self._leases.get(lease_id)
+
+    def waiting(self) -> Iterator[LiveLease]:
+        """Whose rollouts wait for their environments, as their actors told last."""
+        return iter(self._waiting.values())
 
     def of_session(self, session_id: str) -> list[LiveLease]:
         return [self._leases[lease_id] for lease_id in sorted(self._by_session.get(session_id, ()))]
@@ -100,6 +109,7 @@ class LeaseTable:
         """Removes a lease; None if it was not live."""
         lease = self._leases.pop(lease_id, None)
         if lease is not None:
+            self._waiting.pop(lease_id, None)
             self._forget(lease)
         return lease
 
@@ -121,6 +131,10 @@ class LeaseTable:
         if lease is None or lease.session_id != session_id:
             return
         lease.environment_seconds = report.environment_seconds
+        if report.environment_seconds > 0:
+            self._waiting[lease.lease_id] = lease
+        else:
+            self._waiting.pop(lease.lease_id, None)
         if report.num_tokens > lease.num_tokens or report.num_turns > lease.num_turns:
             lease.num_tokens = max(report.num_tokens, lease.num_tokens)
             lease.num_turns = max(report.num_turns, lease.num_turns)
@@ -128,7 +142,13 @@ class LeaseTable:
             lease.deadline = now + self._progress_timeout
 
     def expired(self, now: float) -> list[LiveLease]:
-        return [lease for lease in self._leases.values() if lease.deadline <= now]
+        if now < self._none_expires_before:
+            return []
+        expired = [lease for lease in self._leases.values() if lease.deadline <= now]
+        if not expired:
+            earliest = min((lease.deadline for lease in self._leases.values()), default=math.inf)
+            self._none_expires_before = min(earliest, now + self._progress_timeout)
+        return expired
 
     def shift(self, seconds: float) -> None:
         """Moves every deadline, after a pause of the learner itself."""

@@ -6,6 +6,7 @@ no place within the lag bound, and new groups are drawn from the others only.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -77,20 +78,28 @@ class Outages:
 
     def tick(self, now: float) -> None:
         waits: defaultdict[str, dict[str, float]] = defaultdict(dict)
-        for lease in self._board.leases:
-            group = self._board.groups.get(lease.group_id)
-            if group is not None:
-                waits[group.task.environment][lease.lease_id] = lease.environment_seconds
+        for lease in self._board.leases.waiting():
+            environment = self._environment_of(lease)
+            if environment is not None:
+                waits[environment][lease.lease_id] = lease.environment_seconds
         for name, watched in self.environments.items():
             others_go_on = any(
                 other.breaker.state is BreakerState.CLOSED
                 for other in self.environments.values()
                 if other is not watched
             )
-            self._tell(name, watched.breaker.look(waits[name], others_go_on=others_go_on, now=now))
+            rollouts = functools.partial(self._rollouts, name)
+            self._tell(name, watched.breaker.look(waits[name], rollouts, others_go_on=others_go_on, now=now))
             if watched.breaker.state is BreakerState.OPEN:
                 # Also those that a trainer's new lineage brought back.
                 self._cut(name)
+
+    def _environment_of(self, lease: LiveLease) -> str | None:
+        group = self._board.groups.get(lease.group_id)
+        return None if group is None else group.task.environment
+
+    def _rollouts(self, environment: str) -> set[str]:
+        return {lease.lease_id for lease in self._board.leases if self._environment_of(lease) == environment}
 
     def _of(self, environment: str) -> Watched:
         """Of any that a group names: a run may have been started again with other environments."""

@@ -20,7 +20,8 @@ def learn(breaker: Breaker, seconds: float) -> None:
 
 def look(breaker: Breaker, *waits: float, now: float = 0.0, others_go_on: bool = True) -> BreakerState | None:
     by_lease = {f"w{n}": wait for n, wait in enumerate(waits)}
-    return breaker.look(by_lease, others_go_on=others_go_on, now=now)
+    waiting = {lease_id: wait for lease_id, wait in by_lease.items() if wait > 0}
+    return breaker.look(waiting, lambda: set(by_lease), others_go_on=others_go_on, now=now)
 
 
 def opened(*, now: float = 0.0, seconds: float = 1.0) -> Breaker:
