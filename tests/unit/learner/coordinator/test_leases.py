@@ -21,11 +21,10 @@ MOVES = st.lists(
 
 @given(MOVES)
 def test_each_lease_expires_at_the_first_look_after_its_deadline(moves: list[tuple[str, int, float]]):
-    table, deadlines, now, tokens = LeaseTable(progress_timeout=TIMEOUT), dict[str, float](), 0.0, 0
+    table, deadlines, now = LeaseTable(progress_timeout=TIMEOUT), dict[str, float](), 0.0
     waiting: set[str] = set()
-    for what, slot, seconds in moves:
+    for tokens, (what, slot, seconds) in enumerate(moves, start=1):
         now += seconds
-        tokens += 1
         lease_id = f"0.{slot}.0"
         if what == "grant" and lease_id not in deadlines:
             table.grant(group_id=0, slot=slot, attempt=0, session_id="a", now=now)
