@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+from collections.abc import Iterator
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 4 * 1024 * 1024
@@ -13,6 +14,20 @@ _OWN_MAPPING_BYTES = 256 * 1024
 """What is larger is still mapped by itself and given back: arrays of 32 trajectories are smaller, a message is not."""
 _YOUNG, _MIDDLE, _OLD = 10_000, 20, 50
 """New values until the young are looked through, and how often that is until older ones are too."""
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """While modules are imported, nobody looks for garbage; and they are never looked through again.
+
+    Of the eight seconds that an actor takes to import torch and transformers, one was that.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def collect_rarely() -> None:

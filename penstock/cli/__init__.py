@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from penstock import parent
 from penstock.errors import PenstockError
+from penstock.memory import loading
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,9 @@ def run(target: str, argv: Sequence[str]) -> int:
     """Calls module:function(argv); turns penstock's own errors into a line and a status."""
     module, _, function = target.partition(":")
     try:
-        status: int = getattr(importlib.import_module(module), function)(list(argv))
+        with loading():
+            program = getattr(importlib.import_module(module), function)
+        status: int = program(list(argv))
     except PenstockError as error:
         print(f"penstock: {error}", file=sys.stderr)
         return error.exit_status
