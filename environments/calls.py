@@ -162,6 +162,9 @@ class _Conversation:
             await self._read()
         except grpc.aio.AioRpcError as error:
             reason = CallFailed.of(error)
+            if reason.code is grpc.StatusCode.INTERNAL:
+                # The server ended the stream as it was written to; why, gRPC does not tell then.
+                reason = CallFailed(grpc.StatusCode.UNAVAILABLE, f"the stream broke: {reason.details}")
         finally:
             for task in others:
                 task.cancel()

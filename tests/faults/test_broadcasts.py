@@ -98,9 +98,10 @@ async def finish(bench: Bench) -> None:
     bench.check(complete=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)],
+    [signal.SIGSTOP, signal.SIGKILL],
     ids=lambda each: each.name,
 )
 async def test_a_member_that_is_struck_in_the_middle_holds_nobody_up(tmp_path: Path, number: signal.Signals):

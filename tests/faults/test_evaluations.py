@@ -131,6 +131,7 @@ async def test_an_actor_turns_back_to_finish_the_evaluation_of_a_killed_one(tmp_
         assert f"evaluation 1 of version 1.0 {heir} holds it" in bench.events("evaluation")
 
 
+@pytest.mark.slow
 async def test_an_evaluation_goes_on_when_the_coordinator_is_started_again(tmp_path: Path):
     async with Bench(tmp_path, num_steps=4, max_lag=2, fleet=RESTART_FLEET, evaluation=EVALUATION) as bench:
         await bench.start(step_seconds=0.3)

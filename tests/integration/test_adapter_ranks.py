@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -28,6 +27,7 @@ from learner.training.updater import Updater
 from penstock.trajectory import PolicyVersion
 from penstock.weights.adapted_log import AdaptedLog
 from penstock.weights.fetch import WeightFetcher
+from tests.layouts import RANKS
 from tests.tiny_policy import write_tiny_policy
 
 ONE_RANK = Ranks(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
@@ -94,8 +94,7 @@ def train_rank(rank: int, num_ranks: int, folder: str) -> None:
 @pytest.mark.slow
 def test_two_ranks_train_publish_and_keep_what_one_does(tmp_path: Path) -> None:
     write_tiny_policy(tmp_path / "policy")
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=train_rank, args=(rank, 2, str(tmp_path))) for rank in range(2)]
+    processes = [RANKS.Process(target=train_rank, args=(rank, 2, str(tmp_path))) for rank in range(2)]
     for process in processes:
         process.start()
     try:

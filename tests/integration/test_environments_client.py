@@ -16,6 +16,7 @@ import pytest
 
 from environments import wire
 from environments.base import Description, Message
+from environments.calls import CallFailed, StreamedCalls
 from environments.client import EnvironmentClient
 from environments.streams import Calls, Handlers
 from penstock import rpc
@@ -198,6 +199,32 @@ async def test_a_stream_that_broke_is_opened_again_and_its_calls_are_repeated(st
     server.breaks = 2
     await play(client)
     await closed(server, "a")
+
+
+class StreamBrokenInWrite:
+    """What gRPC makes of a server that ends a stream while it is written to."""
+
+    def __init__(self) -> None:
+        self._broken = asyncio.Event()
+
+    async def write(self, request: object) -> None:
+        self._broken.set()
+        await self.read()
+
+    async def read(self) -> object:
+        await self._broken.wait()
+        nothing = grpc.aio.Metadata()
+        raise grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, nothing, nothing, "Internal error from Core")
+
+    def cancel(self) -> bool:
+        return True
+
+
+async def test_a_stream_that_broke_as_it_was_written_to_may_be_opened_again() -> None:
+    calls = StreamedCalls(StreamBrokenInWrite)  # type: ignore[arg-type]
+    with pytest.raises(CallFailed) as failed:
+        await calls("reset", pb.ResetRequest(), 5.0)
+    assert failed.value.code is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_an_answer_that_never_comes_is_a_fault_at_its_deadline(streaming: Streaming) -> None:

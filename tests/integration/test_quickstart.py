@@ -18,7 +18,7 @@ def test_a_run_that_loses_an_actor_ends_with_a_summary_and_nothing_lost(tmp_path
     folder = tmp_path / "run"
 
     done = subprocess.run(
-        [*COMMAND, "--run-dir", str(folder), "--steps", "24", "--kill-an-actor"],
+        [*COMMAND, "--run-dir", str(folder), "--steps", "12", "--kill-an-actor"],
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip
 
@@ -26,12 +26,12 @@ def test_a_run_that_loses_an_actor_ends_with_a_summary_and_nothing_lost(tmp_path
     assert "killed actor-1 with SIGKILL, and started actor-3" in done.stdout
     assert "held-out accuracy" in done.stdout
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["versions"] == 24
+    assert summary["versions"] == 12
     assert summary["killed_actor"] is True
     assert summary["engine"] == "torch"
     assert summary["ledger_imbalance"] == 0
     assert summary["max_lag_trained"] <= summary["max_lag"] == 4
-    assert summary["trajectories"]["trained"] == 24 * 8 * 16
+    assert summary["trajectories"]["trained"] == 12 * 8 * 16
     assert 0 <= summary["accuracy_before"] <= 1
     assert 0 <= summary["accuracy_after"] <= 1
     assert summary["tokens_per_second"] > 0

@@ -136,6 +136,7 @@ def test_ctrl_c_drains_every_process(run: Cluster):
     assert run.totals().imbalance == 0
 
 
+@pytest.mark.slow
 def test_two_ranks_train_a_run(run: Cluster):
     run.environment("toy_environments:Letters")
     learner = run.learner("--training.num_ranks", "2", num_steps=4)

@@ -59,6 +59,7 @@ def test_a_mapping_is_learned_and_transformers_loads_the_result(
     assert [answer(tmp_path / "out", f"{digit}=") for digit in range(10)] == list("abcdefghij")
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_the_same(tmp_path: Path) -> None:
     few = ["sft", str(write_task(tmp_path)), "--num-steps", "8"]
     assert main([*few, "--out", str(tmp_path / "one")]) == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +18,7 @@ from learner.training.publish import Publisher
 from penstock.trajectory import PolicyVersion
 from penstock.weights.manifest import Manifest
 from penstock.weights.version_log import VersionLog
+from tests.layouts import RANKS
 
 NUM_RANKS = 2
 NUM_VERSIONS = 4
@@ -86,8 +86,7 @@ def move(policy: Any, step: int) -> None:
 
 
 def test_each_rank_diffs_its_own_shard(tmp_path: Path) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    ranks = [spawn.Process(target=train, args=(rank, str(tmp_path))) for rank in range(NUM_RANKS)]
+    ranks = [RANKS.Process(target=train, args=(rank, str(tmp_path))) for rank in range(NUM_RANKS)]
     for process in ranks:
         process.start()
     for process in ranks:
