@@ -1,7 +1,7 @@
 """Wall-clock from one warm-started policy to a reward: ours against TRL's GRPOTrainer.
 
 The quickstart's task, policy, batch (8 groups of 16), learning rate and number of steps,
-on the same cores: ours as a learner and two actors (--actors) of one thread each, TRL as one
+on the same cores: ours as a learner and one actor (--actors) of one thread each, TRL as one
 process with as many threads as there are cores. TRL's clock starts when its training does, ours
 when the actors have joined. Both end at the first step at which the mean reward of five
 steps is there.
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--target", type=float, default=0.9, help="mean reward of five steps")
-    parser.add_argument("--actors", type=int, default=2, help="of ours, with 128 slots in all")
+    parser.add_argument("--actors", type=int, default=1, help="of ours, with 128 slots in all")
     add_arguments(parser)
     arguments = parser.parse_args()
     if importlib.util.find_spec("trl") is None:
