@@ -1,7 +1,7 @@
 """Wall-clock from one warm-started policy to a reward: ours against TRL's GRPOTrainer.
 
-The quickstart's task, policy, batch (8 groups of 16), learning rate and number of steps,
-on the same cores: ours as a learner and one actor (--actors) of one thread each, TRL as one
+The quickstart's task, policy, batch (8 groups of 16), learning rate and number of steps, GRPO
+on both sides and no evaluation meanwhile, on the same cores: ours as a learner and one actor (--actors) of one thread each, TRL as one
 process with as many threads as there are cores. TRL's clock starts when its training does, ours
 when the actors have joined. Both end at the first step at which the mean reward of five
 steps is there.
@@ -36,7 +36,12 @@ _SLOTS = 128
 async def ours(folder: Path, *, seed: int, num_steps: int, target: float, num_actors: int) -> float | None:
     async with Laboratory(folder, seed=seed) as laboratory:
         run = await laboratory.train(
-            "ours", max_lag=4, num_steps=num_steps, num_actors=num_actors, num_slots=_SLOTS // num_actors
+            "ours",
+            max_lag=4,
+            num_steps=num_steps,
+            num_actors=num_actors,
+            num_slots=_SLOTS // num_actors,
+            algorithm='preset = "grpo"\n',
         )
     waits, steps = (sum(getattr(s, name) for s in run.steps) for name in ("wait_seconds", "step_seconds"))
     print(

@@ -162,7 +162,9 @@ class Laboratory:
         )  # fmt: skip
         (folder / "run.toml").write_text(text, encoding="utf-8")
         async with Programs(folder / "logs") as programs:
-            learner = await programs.start("learner", ["learner", str(folder / "run.toml")], may_finish=True)
+            # Peers do not evaluate meanwhile either.
+            arguments = ["learner", str(folder / "run.toml"), "--evaluation.every-steps", "0"]
+            learner = await programs.start("learner", arguments, may_finish=True)
             actors = [
                 await _start_actor(programs, address, number, num_slots)
                 for number in range(1, num_actors + 1)
