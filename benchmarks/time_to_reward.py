@@ -1,10 +1,10 @@
 """Wall-clock from one warm-started policy to a reward: ours against TRL's GRPOTrainer.
 
 The quickstart's task, policy, batch (8 groups of 16), learning rate and number of steps, GRPO
-on both sides and no evaluation meanwhile, on the same cores: ours as a learner and one actor (--actors) of one thread each, TRL as one
-process with as many threads as there are cores. TRL's clock starts when its training does, ours
-when the actors have joined. Both end at the first step at which the mean reward of five
-steps is there.
+on both sides and no evaluation meanwhile, on the same cores: ours as a learner and one actor
+(--actors) of one thread each, TRL as one process with as many threads as there are cores. TRL's
+clock starts when its training does, ours when the actors have joined. Both end at the first step
+at which the mean reward of five steps is there.
 
     OMP_NUM_THREADS=1 python benchmarks/time_to_reward.py [--seeds 3] [--json FILE]
 
