@@ -98,7 +98,7 @@ class StreamedCalls:
         self._current().post(name, request, seconds)
 
     async def close(self, seconds: float) -> None:
-        """Ends the stream once its calls are answered, or after so long."""
+        """Ends the stream once what was posted is answered, or after so long."""
         if self._conversation is not None:
             await self._conversation.close(seconds)
 
@@ -117,7 +117,7 @@ class _Conversation:
         self._waiting: dict[int, _Asked] = {}
         self._unsent: deque[pb.Call] = deque()
         self._queued = asyncio.Event()
-        self._ending = False
+        self._posted: set[asyncio.Future[pb.Answer]] = set()
         self._running = asyncio.create_task(self._run(), name="stream of environment calls")
 
     @property
@@ -126,27 +126,36 @@ class _Conversation:
 
     async def ask(self, name: str, request: Any, seconds: float) -> pb.Answer:
         """Waits for the answer. Raises CallFailed if it is not here in time, or the stream ends before."""
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[pb.Answer] = loop.create_future()
-        call_id = self.post(name, request, seconds)
-        self._waiting[call_id] = _Asked(name, seconds, loop.time() + seconds, answer)
+        call_id, answer = self._queue(name, request, seconds)
         try:
             return await answer
         finally:
             del self._waiting[call_id]
 
-    def post(self, name: str, request: Any, seconds: float) -> int:
-        """Queues a call; returns its number. An answer for which nobody waits is dropped."""
-        call_id = next(self._ids)
+    def post(self, name: str, request: Any, seconds: float) -> None:
+        """Makes a call whose answer, or failure, nobody reads."""
+        call_id, answer = self._queue(name, request, seconds)
+        self._posted.add(answer)
+
+        def forget(_: asyncio.Future[pb.Answer]) -> None:
+            answer.exception()  # asyncio would log it as forgotten
+            self._posted.discard(answer)
+            del self._waiting[call_id]
+
+        answer.add_done_callback(forget)
+
+    def _queue(self, name: str, request: Any, seconds: float) -> tuple[int, asyncio.Future[pb.Answer]]:
+        loop = asyncio.get_running_loop()
+        call_id, answer = next(self._ids), loop.create_future()
+        self._waiting[call_id] = _Asked(name, seconds, loop.time() + seconds, answer)
         self._unsent.append(pb.Call(call_id=call_id, timeout=to_duration(seconds), **{name: request}))
         self._queued.set()
-        return call_id
+        return call_id, answer
 
     async def close(self, seconds: float) -> None:
-        """Half-closes the stream behind the last call; the server ends it when all are answered."""
-        self._ending = True
-        self._queued.set()
-        await asyncio.wait([self._running], timeout=seconds)
+        """Waits for what was posted, at most so long."""
+        if self._posted:
+            await asyncio.wait(self._posted, timeout=seconds)
         self._running.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._running
@@ -198,9 +207,6 @@ class _Conversation:
                 self._queued.clear()
                 while self._unsent:
                     await self._stream.write(pb.PlayRequest(calls=take(self._unsent)))
-                if self._ending:
-                    await self._stream.done_writing()
-                    return
 
 
 def gather_seconds(num_calls: int) -> float:
