@@ -61,6 +61,8 @@ class WorkerPool:
 
     async def borrow(self, seconds: float) -> tuple[Worker, float]:
         """Waits for an idle worker, the caller's until `release`. Also returns the seconds left. Raises PoolBusy."""
+        if seconds <= _MIN_CALL_SECONDS:
+            raise self._busy(seconds)  # a call in what is left would cost the worker its life
         worker = self._idle_at_once()
         if worker is not None:
             return worker, seconds
@@ -71,9 +73,10 @@ class WorkerPool:
                     pass
                 return worker, deadline - time.monotonic()
         except TimeoutError:
-            raise PoolBusy(
-                f"none of the {self._num_workers} workers came free within {seconds:.3g} s"
-            ) from None
+            raise self._busy(seconds) from None
+
+    def _busy(self, seconds: float) -> PoolBusy:
+        return PoolBusy(f"none of the {self._num_workers} workers came free within {seconds:.3g} s")
 
     def _idle_at_once(self) -> Worker | None:
         while not self._idle.empty():

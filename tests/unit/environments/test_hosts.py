@@ -9,7 +9,8 @@ import pytest
 from environments import frames
 from environments.base import Description, Message
 from environments.hosts import PromptCache, SingleTurnHost
-from environments.pool import PoolBusy
+from environments.pool import PoolBusy, WorkerPool
+from environments.worker_process import EnvironmentSpec
 from penstock.errors import EnvironmentFault
 from penstock.trajectory import Task
 
@@ -110,3 +111,18 @@ async def test_who_waits_for_anothers_question_has_a_deadline_of_its_own(
         await host.episode(Task("e", "train", 0, 1)).reset(0.05)
     pool.let_go.set()
     assert await first == prompt(3)
+
+
+async def test_a_worker_is_not_lent_for_less_time_than_a_call_takes() -> None:
+    async with asyncio.TaskGroup() as group:
+        pool = WorkerPool(EnvironmentSpec(target="none:None"), num_workers=1, group=group)
+        pool._idle.put_nowait(UsableWorker())  # type: ignore[arg-type]
+        with pytest.raises(PoolBusy):
+            await pool.borrow(0.001)
+        worker, left = await pool.borrow(1.0)
+    assert worker.usable
+    assert left <= 1.0
+
+
+class UsableWorker:
+    usable = True
