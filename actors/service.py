@@ -36,7 +36,6 @@ from penstock.codec import (
     version_to_wire,
 )
 from penstock.errors import EngineFault, EnvironmentFault, FaultKind, NoProgress, PeerLost, PenstockError
-from penstock.memory import collect_rarely
 from penstock.rpc import MAX_MESSAGE_BYTES, to_duration, to_seconds
 from penstock.signals import Stop
 from penstock.tasks import task_group, unless_stopped
@@ -177,7 +176,6 @@ class Actor:
         """Starts the engine, which may take a minute; heartbeats go on meanwhile."""
         await self.engine.start()
         self._engine_started = True
-        collect_rarely()
         await self.installer.run()
 
     # -- leases -------------------------------------------------------------------------

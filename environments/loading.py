@@ -13,7 +13,6 @@ from typing import Any
 
 from environments.base import AnyEnvironment, Form
 from penstock.errors import ConfigError, PenstockError
-from penstock.memory import loading
 
 _SINGLE_TURN = {"describe": 0, "prompt": 1, "score": 2}
 _BATCHED = {"describe": 0, "prompt": 1, "score_batch": 1}
@@ -50,8 +49,7 @@ def _find(target: str) -> Any:
     if not separator or not module_name or not class_name:
         raise ConfigError(f"{target!r} names no environment; expected MODULE:CLASS")
     try:
-        with loading():
-            module = importlib.import_module(module_name)
+        module = importlib.import_module(module_name)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             raise ConfigError(

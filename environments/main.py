@@ -18,6 +18,7 @@ from environments.base import Description
 from environments.server import ServerConfig, serve, spec_of
 from penstock import log
 from penstock.errors import ConfigError
+from penstock.memory import collect_rarely
 from penstock.signals import Stop
 
 _USAGE = """\
@@ -193,6 +194,7 @@ async def _run_server(target: str, options: Mapping[str, object], config: Server
     def announce(description: Description, port: int) -> None:
         print(f"serving {description.name} on {host}:{port}", flush=True)  # noqa: T201  scripts wait for this line
 
+    collect_rarely()
     await serve(spec_of(target, options, config), config, stop, announce)
 
 

@@ -18,7 +18,6 @@ from environments.service import EnvironmentService
 from environments.worker_process import EnvironmentSpec, Loaded, WorkerLimits
 from penstock import rpc
 from penstock.errors import ConfigError, EnvironmentFault, PenstockError
-from penstock.memory import collect_rarely
 from penstock.signals import Stop
 from penstock.v1 import environment_pb2
 from penstock.v1.environment_pb2_grpc import add_EnvironmentServiceServicer_to_server
@@ -103,7 +102,6 @@ async def _serve(
     reaper = group.create_task(service.reap(), name="reaper of expired sessions")
     try:
         async with rpc.serving(server, grace_seconds=_DRAIN_SECONDS):
-            collect_rarely()
             on_ready(host.description, port)
             try:
                 await stopping
