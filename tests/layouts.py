@@ -19,9 +19,9 @@ from learner.training.policy import TokenScores
 from learner.training.updater import Updater
 
 ONE_RANK = Ranks(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
-RANKS = multiprocessing.get_context("forkserver")
+_FORKED = multiprocessing.get_context("forkserver")
 """For processes that are ranks: forked from one that has imported, once, what takes them seven seconds."""
-RANKS.set_forkserver_preload(["learner.training.start"])
+_FORKED.set_forkserver_preload(["learner.training.start"])
 NUM_STEPS = 3
 LENGTHS = (33, 30, 21, 17, 17, 9, 5, 3, 2)
 
@@ -90,7 +90,7 @@ def assert_alike(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 def run_ranks(target: Callable[..., None], num_ranks: int, *arguments: Any) -> None:
     """target(rank, *arguments) in a process a rank. Fails if one of them does."""
     processes = [
-        RANKS.Process(target=_run_rank, args=(target, rank, num_ranks, arguments))
+        _FORKED.Process(target=_run_rank, args=(target, rank, num_ranks, arguments))
         for rank in range(num_ranks)
     ]
     for process in processes:

@@ -27,7 +27,7 @@ from learner.training.updater import Updater
 from penstock.trajectory import PolicyVersion
 from penstock.weights.adapted_log import AdaptedLog
 from penstock.weights.fetch import WeightFetcher
-from tests.layouts import RANKS
+from tests.layouts import run_ranks
 from tests.tiny_policy import write_tiny_policy
 
 ONE_RANK = Ranks(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
@@ -94,16 +94,7 @@ def train_rank(rank: int, num_ranks: int, folder: str) -> None:
 @pytest.mark.slow
 def test_two_ranks_train_publish_and_keep_what_one_does(tmp_path: Path) -> None:
     write_tiny_policy(tmp_path / "policy")
-    processes = [RANKS.Process(target=train_rank, args=(rank, 2, str(tmp_path))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    try:
-        for process in processes:
-            process.join(timeout=200)
-            assert process.exitcode == 0
-    finally:
-        for process in processes:
-            process.kill()
+    run_ranks(train_rank, 2, 2, str(tmp_path))
     with closing(AdaptedLog(name_prefix="penstock-test-one-rank")) as log:
         expected = train(make_updater(tmp_path, ONE_RANK), log, Precision.FLOAT32)
     for precision, tolerance in ((Precision.FLOAT32, 1e-4), (Precision.BFLOAT16, 5e-2)):

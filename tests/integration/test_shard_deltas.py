@@ -18,7 +18,7 @@ from learner.training.publish import Publisher
 from penstock.trajectory import PolicyVersion
 from penstock.weights.manifest import Manifest
 from penstock.weights.version_log import VersionLog
-from tests.layouts import RANKS
+from tests.layouts import run_ranks
 
 NUM_RANKS = 2
 NUM_VERSIONS = 4
@@ -86,9 +86,4 @@ def move(policy: Any, step: int) -> None:
 
 
 def test_each_rank_diffs_its_own_shard(tmp_path: Path) -> None:
-    ranks = [RANKS.Process(target=train, args=(rank, str(tmp_path))) for rank in range(NUM_RANKS)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout=200)
-    assert [process.exitcode for process in ranks] == [0] * NUM_RANKS
+    run_ranks(train, NUM_RANKS, str(tmp_path))
