@@ -69,6 +69,9 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
         async with refusals(context):
             answer = await self._await_batch(request)
             stop = self._coordinator.stop.is_set()
+            if stop:
+                # Raises if the ledger failed: then it is the coordinator alone that ends, and the trainer stays.
+                await self._coordinator.commit()
             checkpoint, self._coordinator.checkpoint_requested = self._coordinator.checkpoint_requested, False
             if isinstance(answer, Waiting):
                 yield pb.NextBatchResponse(
@@ -103,11 +106,7 @@ class TrainerService(trainer_pb2_grpc.TrainerServiceServicer):
                 await self._coordinator.commit()
                 return answer
             self._note(answer)
-            if self._coordinator.stop.is_set():
-                # Raises if the ledger failed: then it is the coordinator alone that ends, and the trainer stays.
-                await self._coordinator.commit()
-                return answer
-            if not await wait_until(change, deadline):
+            if self._coordinator.stop.is_set() or not await wait_until(change, deadline):
                 return answer
 
     def _note(self, waiting: Waiting | None) -> None:

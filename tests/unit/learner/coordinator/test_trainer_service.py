@@ -94,8 +94,8 @@ class Service:
     async def publish(self) -> None:
         await self.trainer.PublishVersion(self.request, Context())  # type: ignore[arg-type]
 
-    async def next_batch(self) -> list[pb.NextBatchResponse]:
-        request = pb.NextBatchRequest(epoch=1, step=0, wait=to_duration(10.0))
+    async def next_batch(self, *, wait_seconds: float = 10.0) -> list[pb.NextBatchResponse]:
+        request = pb.NextBatchRequest(epoch=1, step=0, wait=to_duration(wait_seconds))
         return [answer async for answer in self.trainer.NextBatch(request, Context())]  # type: ignore[arg-type]
 
 
@@ -111,7 +111,7 @@ def service(tmp_path: Path) -> Iterator[Service]:
         scheduler = make_scheduler(history=ledger)
         scheduler.lineage.open(0, [])
         stop = Stop()
-        coordinator = Coordinator(scheduler, ledger, stop, run_id="r", clock=lambda: 0.0)
+        coordinator = Coordinator(scheduler, ledger, stop, run_id="r")
         publications = Publications(server)
         manifest = ring.write(VERSION, [tensor("w", (4,))])
         request = pb.PublishVersionRequest(
@@ -150,6 +150,17 @@ async def test_a_coordinator_that_ends_since_its_ledger_failed_does_not_stop_the
     service.stop.set("the disk is gone")
     with pytest.raises(Refused, match="UNAVAILABLE: the disk is gone"):
         await service.next_batch()
+
+
+async def test_a_ledger_that_fails_while_the_trainer_waits_does_not_stop_it(service: Service):
+    await service.publish()
+    asked = asyncio.create_task(service.next_batch(wait_seconds=0.5))
+    await asyncio.sleep(0.1)
+    assert not asked.done()
+    service.ledger._failed = LedgerError("the disk is gone")
+    service.stop.set("the disk is gone")
+    with pytest.raises(Refused, match="UNAVAILABLE: the disk is gone"):
+        await asked
 
 
 async def test_a_version_that_is_told_of_again_waits_for_the_first_one_s_commit(
