@@ -30,15 +30,14 @@ import math
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
 from penstock.errors import WeightTransferError
-from penstock.weights.delta_loops import LONG_GAP, PLACES, add_frames, write_changes
+from penstock.weights.delta_loops import AHEAD, LONG_GAP, PLACES, add_frames, write_changes
 from penstock.weights.manifest import DTYPE_BYTES, TensorEntry
 
 FRAME_BYTES = 4 * 1024 * 1024
@@ -61,17 +60,16 @@ _PAYS = 7 / 8
 """A stream that zstd makes hardly smaller is stored as it is: decompressing is a third of the time of applying."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Frame:
+class Frame(NamedTuple):
     """Where a frame lies in its delta, and what it covers."""
 
     offset: int
     """In the packed buffer, in bytes."""
     num_words: int
-    width: int
-    """Bytes a word: 2 or 4."""
     num_changes: int
     """As many as words in a dense frame."""
+    width: int
+    """Bytes a word: 2 or 4."""
     compressed: int
     stored: tuple[slice, ...]
     """The four streams in the delta: gaps, symbols, steps, words."""
@@ -205,6 +203,7 @@ class FrameDecoder:
     def __init__(self) -> None:
         self._decompressor = zstandard.ZstdDecompressor()
         self._positions: NDArray[np.uint32] = np.empty(0, dtype=np.uint32)
+        self._others = self._positions
 
     def apply(self, changes: Iterable[Change], version: NDArray[np.uint8]) -> None:
         """Makes the new bytes of the old, in place, frame after frame.
@@ -241,12 +240,12 @@ class FrameDecoder:
             dtype=np.int64,
         )
         table[:, -1] //= dtype.itemsize
-        most = max(frame.num_changes for frame in frames)
+        most = AHEAD + max(frame.plain_bytes[0] for frame in frames)
         if self._positions.size < most:
-            self._positions = np.empty(most, dtype=np.uint32)
+            self._positions, self._others = np.empty((2, most), dtype=np.uint32)
         num_applied = add_frames(
             version[start:end].view(dtype), table,
-            gaps, symbols, steps.view(np.int8), words.view(dtype), self._positions,
+            gaps, symbols, steps.view(np.int8), words.view(dtype), self._positions, self._others,
         )  # fmt: skip
         if num_applied < len(frames):
             bad = frames[num_applied]
@@ -259,13 +258,13 @@ class FrameDecoder:
         """Raises WeightTransferError unless a stream has the size that its header says."""
         stored, size = delta[frame.stored[index]], frame.plain_bytes[index]
         if not frame.compressed >> index & 1:
-            return _as_input(stored)
+            return stored
         try:
             # A stated size that is wrong would be allocated before it is found to be wrong.
             if zstandard.frame_content_size(stored.data) == size:
                 plain = self._decompressor.decompress(stored.data, max_output_size=size)
                 if len(plain) == size:
-                    return _as_input(np.frombuffer(plain, dtype=np.uint8))
+                    return np.frombuffer(plain, dtype=np.uint8)
         except zstandard.ZstdError as error:
             raise WeightTransferError(f"stream {index} of a frame cannot be decompressed: {error}") from error
         raise WeightTransferError(f"stream {index} of a frame does not have the {size} bytes that it should")
@@ -376,27 +375,15 @@ def _parse(delta: NDArray[np.uint8], position: int) -> tuple[Frame, int]:
     start = position + _HEADER.size
     if start > delta.size:
         raise WeightTransferError(f"a delta of {delta.size} bytes ends within a header")
-    offset, num_words, num_changes, width, compressed, *sizes = _HEADER.unpack(
-        delta[position:start].tobytes()
-    )
-    stored: list[slice] = []
-    for size in sizes[:4]:
-        stored.append(slice(start, start + size))
-        start += size
-    frame = Frame(
-        offset=offset,
-        num_words=num_words,
-        width=width,
-        num_changes=num_changes,
-        compressed=compressed,
-        stored=tuple(stored),
-        plain_bytes=tuple(sizes[4:]),
-    )
-    if start > delta.size or not _is_possible(frame):
+    offset, num_words, num_changes, width, compressed, *sizes = _HEADER.unpack_from(delta.data, position)
+    edges = tuple(itertools.accumulate(sizes[:4], initial=start))
+    stored = tuple(itertools.starmap(slice, itertools.pairwise(edges)))
+    frame = Frame(offset, num_words, num_changes, width, compressed, stored, tuple(sizes[4:]))
+    if edges[-1] > delta.size or not _is_possible(frame):
         raise WeightTransferError(
             f"a delta of {delta.size} bytes has an impossible frame at byte {position}: {frame}"
         )
-    return frame, start
+    return frame, edges[-1]
 
 
 def _is_possible(frame: Frame) -> bool:

@@ -27,7 +27,7 @@ PLACES = STRETCH_BYTES // 2 + FORESEEN
 LONG_GAP = 255
 """A byte of gaps that adds itself and goes on."""
 
-_AHEAD = 64
+AHEAD = 48
 """Changes between asking for a word's cache line and writing to it: about what a memory access takes."""
 
 
@@ -164,61 +164,70 @@ def write_changes(old, new, most, places, gaps, symbols, steps, words):  # type:
 
 @compiled
 def _find_positions(num_words, num_changes, gaps, positions):  # type: ignore[no-untyped-def]
-    """Writes the place of each change. False if they do not fit into `num_words`, or the gaps are not used up."""
-    position = next_gap = 0
-    for change in range(num_changes):
-        gap = LONG_GAP
-        while gap == LONG_GAP:
-            if next_gap >= gaps.size:
-                return False
-            gap = int(gaps[next_gap])
-            next_gap += 1
-            position += gap
-        if position >= num_words:
-            return False
-        positions[change] = position
-        position += 1
-    return next_gap == gaps.size
+    """Writes the place of each change. False if they do not fit into `num_words`, or the gaps are not used up.
+
+    Which bytes go on cannot be foreseen: a place is written after each, and written over if it was none.
+    """
+    position = place = np.uint64(0)
+    for gap in gaps:
+        position += np.uint64(gap)
+        positions[place] = position
+        is_place = np.uint64(gap != LONG_GAP)
+        place += is_place
+        position += is_place
+    goes_on = gaps.size > 0 and gaps[gaps.size - 1] == LONG_GAP
+    return place == np.uint64(num_changes) and position <= np.uint64(num_words) and not goes_on
 
 
 @compiled
-def _add_changes(span, num_changes, gaps, symbols, steps, words, positions):  # type: ignore[no-untyped-def]
-    """Applies a sparse frame to `span`. False, with nothing beyond its bounds read or written, if it cannot be.
+def _add_units(span, num_changes, symbols, positions, others):  # type: ignore[no-untyped-def]
+    """Applies the changes of one unit, and none to the words of the others. Returns how many those are; writes which.
 
-    positions: scratch, [at least num_changes] uint32. Changes lie about a cache line apart, where the processor
+    Which changes are others cannot be foreseen. Changes lie about a cache line apart, where the processor
     guesses none of them: with all positions known first, lines are asked for ahead, and wait for each other no more.
     """
-    if not _find_positions(span.size, num_changes, gaps, positions):
-        return False
-    for change in range(min(_AHEAD, num_changes)):
-        _prefetch(span, np.int64(positions[change]))
-    next_step = next_word = 0
-    for change in range(num_changes):
-        if change + _AHEAD < num_changes:
-            _prefetch(span, np.int64(positions[change + _AHEAD]))
-        position = np.int64(positions[change])
-        symbol = (symbols[change >> 2] >> (2 * (change & 3))) & 3
-        if symbol < 2:
-            span[position] += 1 - 2 * np.int64(symbol)
-        elif symbol == 2:
-            if next_step >= steps.size:
-                return False
-            span[position] += np.int64(steps[next_step])
-            next_step += 1
-        else:
-            if next_word >= words.size:
-                return False
-            span[position] = words[next_word]
-            next_word += 1
-    return next_step == steps.size and next_word == words.size
+    one, two, three = np.uint64(1), np.uint64(2), np.uint64(3)
+    num_others = np.uint64(0)
+    for change in range(np.uint64(num_changes)):
+        _prefetch(span, np.uint64(positions[change + np.uint64(AHEAD)]))
+        symbol = np.uint64(symbols[change >> two]) >> two * (change & three) & three
+        is_other = symbol >> one
+        span[np.uint64(positions[change])] += (one - two * symbol) * (one - is_other)
+        others[num_others] = change
+        num_others += is_other
+    return num_others
 
 
 @compiled
-def add_frames(span, table, gaps, symbols, steps, words, positions):  # type: ignore[no-untyped-def]
+def _add_changes(span, num_changes, gaps, symbols, steps, words, positions, others):  # type: ignore[no-untyped-def]
+    """Applies a sparse frame to `span`. False, with nothing beyond its bounds read or written, if it cannot be."""
+    if not _find_positions(span.size, num_changes, gaps, positions):
+        return False
+    one, two, three = np.uint64(1), np.uint64(2), np.uint64(3)
+    next_step = next_word = np.uint64(0)
+    for other in range(_add_units(span, num_changes, symbols, positions, others)):
+        change = np.uint64(others[other])
+        position = np.uint64(positions[change])
+        if np.uint64(symbols[change >> two]) >> two * (change & three) & one:
+            if next_word >= np.uint64(words.size):
+                return False
+            span[position] = words[next_word]
+            next_word += one
+        else:
+            if next_step >= np.uint64(steps.size):
+                return False
+            span[position] += steps[next_step]
+            next_step += one
+    return next_step == np.uint64(steps.size) and next_word == np.uint64(words.size)
+
+
+@compiled
+def add_frames(span, table, gaps, symbols, steps, words, positions, others):  # type: ignore[no-untyped-def]
     """Applies sparse frames, one after the other. Returns how many, before one that cannot be.
 
     table: [F, 7] int64: where a frame's words begin in `span`, how many, its changes, and the sizes of its
-    streams, which stand one behind the other. positions: scratch, [at least the most changes] uint32.
+    streams, which stand one behind the other.
+    positions, others: scratch, [at least the most gap bytes of a frame, and AHEAD] uint32.
     """
     gap = symbol = step = word = 0  # where the frame's streams begin
     for frame in range(table.shape[0]):
@@ -231,6 +240,7 @@ def add_frames(span, table, gaps, symbols, steps, words, positions):  # type: ig
             steps[step : step + num_steps],
             words[word : word + num_own],
             positions,
+            others,
         ):
             return frame
         gap, symbol, step, word = gap + num_gaps, symbol + num_symbols, step + num_steps, word + num_own

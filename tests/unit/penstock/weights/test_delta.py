@@ -252,6 +252,17 @@ def test_a_stream_that_would_grow_beyond_its_stated_size_is_refused() -> None:
         apply(delta, old)
 
 
+def test_a_gap_that_goes_on_behind_the_last_change_is_refused() -> None:
+    old, new = np.zeros(4000, np.uint16), np.zeros(4000, np.uint16)
+    new[300] = 1
+    delta = encode(old, new, compress=False).copy()
+    (frame,) = frames_of(delta, old.nbytes)
+    assert delta[frame.stored[0]].tolist() == [255, 45]
+    delta[frame.stored[0]] = [45, 255]
+    with pytest.raises(WeightTransferError, match="contradicts itself"):
+        apply(delta, old)
+
+
 def test_frames_out_of_order_or_beyond_the_version_are_refused() -> None:
     old, delta = good_delta()
     with pytest.raises(WeightTransferError, match="expected it behind byte 8000"):
