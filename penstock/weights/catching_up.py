@@ -201,7 +201,7 @@ class _Making:
     """Makes a version of a base and deltas while they arrive.
 
     Once a block of the base and all changes to it are here, a thread applies them one after the other, and
-    another verifies what came of it, while the block is in the cache.
+    verifies what came of it, while the block is in the cache.
     """
 
     def __init__(
@@ -220,8 +220,7 @@ class _Making:
         self._done = 0
         self._patience = patience
         self._makers = ThreadPoolExecutor(num_threads(), thread_name_prefix="deltas")
-        self._verifier = ThreadPoolExecutor(1, thread_name_prefix="verify")
-        self._blocks: list[Future[Future[None]]] = []
+        self._blocks: list[Future[None]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -229,10 +228,9 @@ class _Making:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Returns once no thread works any more. Raises WeightTransferError for deltas that contradict themselves."""
         self._makers.shutdown(cancel_futures=kind is not None)
-        self._verifier.shutdown(cancel_futures=kind is not None)
         if kind is None:
             for block in self._blocks:
-                block.result().result()
+                block.result()
 
     def base_arrived(self, num_bytes: int) -> None:
         """The base's first bytes are here."""
@@ -260,7 +258,7 @@ class _Making:
             changes = [(delta.data, frame) for delta in self._deltas for frame in delta.take(self._done)]
             self._blocks.append(self._makers.submit(self._make, start, self._done, changes, made))
 
-    def _make(self, start: int, end: int, changes: Sequence[Change], made: Sequence[int]) -> Future[None]:
+    def _make(self, start: int, end: int, changes: Sequence[Change], made: Sequence[int]) -> None:
         from penstock.weights.delta import FrameDecoder
 
         target = self._staging.packed
@@ -268,4 +266,4 @@ class _Making:
         FrameDecoder().apply(changes, target)
         # A chunk that begins in the block before is verified at the end.
         whole = [index for index in made if self._staging.begins(index) >= start]
-        return self._verifier.submit(self._staging.verify, whole)
+        self._staging.verify(whole)
