@@ -259,8 +259,12 @@ class _Requests:
         self._outstanding_bytes = 0
 
     def fill(self) -> bool:
-        """Sends requests as far as the credits go. False when every chunk is here."""
-        while self._todo and self._has_credit(self._todo[-1]):
+        """Sends requests as far as the credits go, once half of them are free. False when every chunk is here.
+
+        Many at once: of a small chunk's time, waking the threads on its way is most.
+        """
+        is_low = 2 * len(self._outstanding) <= MAX_REQUESTS and 2 * self._outstanding_bytes <= CREDIT_BYTES
+        while is_low and self._todo and self._has_credit(self._todo[-1]):
             index = self._todo.pop()
             self._outstanding[self._origin(index)] = index
             self._outstanding_bytes += self._blob.size_of(index)
