@@ -31,7 +31,7 @@ from penstock import PROTOCOL, config, log, rpc
 from penstock.codec import install_mode_from_wire
 from penstock.errors import ConfigError
 from penstock.history import History
-from penstock.memory import collect_rarely
+from penstock.memory import collect_rarely, keep_chunks
 from penstock.policy_files import write_policy_files
 from penstock.rpc import to_seconds
 from penstock.signals import Stop
@@ -123,6 +123,7 @@ async def _run(settings: ActorConfig) -> None:
             address = await stack.enter_async_context(_served(operators, settings))
             actor = await _join(settings, name, address, stop, stack)
             operators.actor = actor
+            keep_chunks()
             collect_rarely()
             print(f"actor {name} joined {settings.learner}", flush=True)  # noqa: T201
             await actor.run(watchdog)
