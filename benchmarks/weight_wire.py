@@ -1,8 +1,11 @@
 """The ZeroMQ medium between two hosts: network namespaces with a veth pair. Needs root.
 
-    rate_over_tcp          bytes a second of a fetch (received, copied into place, every chunk's digest
-                           checked) over those of a raw TCP socket that sends as many and throws away what it
-                           reads; on the bare veth pair, whose rate is that of the processor
+    rate_over_tcp          bytes a second of the medium over those of a raw TCP socket: both throw away what
+                           they read of a dense version; on the bare veth pair, whose rate is that of the
+                           processor
+    delta_rate_over_tcp    the same for the chunks of 20 deltas
+    fetch_over_tcp         the same for a fetch of a dense version: received, copied into place, and every
+                           chunk's digest checked
     join_over_bytes_time   time until an actor that is 20 versions late holds the newest one, over the time
                            of the deltas' bytes at the raw socket's rate; on a link of --gbit
     fresh_over_bytes_time  the same for an actor that holds nothing: a snapshot and 20 deltas
@@ -21,6 +24,7 @@ import os
 import signal
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -34,10 +38,13 @@ from harness.report import add_arguments, write
 from numpy.typing import NDArray
 
 from penstock.codec import manifest_from_wire, manifest_to_wire
+from penstock.memory import collect_rarely, keep_chunks
 from penstock.trajectory import PolicyVersion
 from penstock.v1 import weights_pb2
+from penstock.weights.catching_up import Chain
 from penstock.weights.fetch import WeightFetcher
-from penstock.weights.manifest import HostTensor, Manifest, ZeromqMedium
+from penstock.weights.manifest import Blob, HostTensor, Manifest, Medium, ZeromqMedium
+from penstock.weights.media.base import Patience
 from penstock.weights.media.zeromq import ZeromqReceiver, ZeromqServer
 from penstock.weights.segment import SegmentRing
 from penstock.weights.version_log import VersionLog
@@ -63,6 +70,18 @@ def moved(words: Words, generator: np.random.Generator) -> Words:
 
 def tensor_of(words: Words) -> HostTensor:
     return HostTensor(name="w", dtype="BF16", shape=(words.size,), data=words.view(np.uint8))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """Bytes a second: of the raw socket, the medium, and a fetch."""
+
+    tcp: float
+    medium: float
+    fetch: float
+    tcp_deltas: float
+    """Of as many bytes as the deltas have."""
+    medium_deltas: float
 
 
 class Learner:
@@ -113,7 +132,8 @@ class Learner:
             while True:
                 peer, _ = listener.accept()
                 with peer:
-                    peer.sendall(data)
+                    (num_bytes,) = struct.unpack("<Q", peer.recv(8, socket.MSG_WAITALL))
+                    peer.sendall(data[:num_bytes])
 
 
 class Actor:
@@ -123,13 +143,42 @@ class Actor:
         self._num_bytes = num_bytes
         self._folder = folder
 
-    def rates(self) -> list[tuple[float, float]]:
-        """(ours, raw) in bytes a second, in turn; the first two fetches only touch the buffers' pages."""
-        fetcher = WeightFetcher([ZeromqReceiver()])
+    def rates(self) -> Rates:
+        """Medians, in bytes a second, of what was measured in turn; the first two fetches only touch pages."""
+        receiver = ZeromqReceiver()
+        fetcher = WeightFetcher([receiver])
         versions = itertools.cycle(f"dense-{number}" for number in range(NUM_DENSE))
-        pairs = [(self._fetch(fetcher, next(versions)), self.read_raw()) for _ in range(2 + NUM_PAIRS)]
+        dense, late = self.manifest("dense-0"), self.manifest("late")
+        chain = Chain.of(late.deltas)
+        seconds = [
+            (
+                self.read_raw(self._num_bytes),
+                self._receive(receiver, dense, dense.media[0]),
+                self._fetch(fetcher, next(versions)),
+                self.read_raw(chain.num_bytes),
+                self._receive(receiver, chain, late.media[0]),
+            )
+            for _ in range(2 + NUM_PAIRS)
+        ]
         fetcher.close()
-        return [(self._num_bytes / mine, self._num_bytes / bare) for mine, bare in pairs[2:]]
+        raw, medium, fetch, raw_deltas, medium_deltas = (
+            statistics.median(column) for column in zip(*seconds[2:], strict=True)
+        )
+        return Rates(
+            tcp=self._num_bytes / raw,
+            medium=self._num_bytes / medium,
+            fetch=self._num_bytes / fetch,
+            tcp_deltas=chain.num_bytes / raw_deltas,
+            medium_deltas=chain.num_bytes / medium_deltas,
+        )
+
+    def _receive(self, receiver: ZeromqReceiver, blob: Blob, medium: Medium) -> float:
+        patience = Patience(deadline=time.monotonic() + SECONDS, abandoned=threading.Event())
+        began = time.perf_counter()
+        indices = range(len(blob.chunk_digests))
+        num_bytes = sum(data.size for _, data in receiver.chunks(blob, medium, indices, patience))
+        assert num_bytes == blob.num_bytes
+        return time.perf_counter() - began
 
     def join(self, *, holds: str | None) -> float:
         """Seconds until the newest version is here."""
@@ -141,10 +190,11 @@ class Actor:
         fetcher.close()
         return taken
 
-    def read_raw(self) -> float:
-        buffer, left = memoryview(bytearray(1 << 20)), self._num_bytes
+    def read_raw(self, num_bytes: int) -> float:
+        buffer, left = memoryview(bytearray(1 << 20)), num_bytes
         began = time.perf_counter()
         with socket.create_connection((LEARNER, RAW_PORT)) as peer:
+            peer.sendall(struct.pack("<Q", num_bytes))
             while left:
                 left -= peer.recv_into(buffer)
         return time.perf_counter() - began
@@ -162,20 +212,23 @@ class Actor:
 def measure(num_bytes: int, folder: Path, repeats: int, gbit: float) -> dict[str, float]:
     """In the actor's namespace."""
     actor = Actor(num_bytes, folder)
-    ours, raw = (statistics.median(rates) for rates in zip(*actor.rates(), strict=True))
+    rates = actor.rates()
     actor.join(holds="base")  # numba loads, once a process
     limit(gbit)
-    rate = num_bytes / statistics.median(actor.read_raw() for _ in range(3))
+    rate = num_bytes / statistics.median(actor.read_raw(num_bytes) for _ in range(3))
     newest = actor.manifest("late")
     deltas = sum(delta.num_bytes for delta in newest.deltas)
     late = statistics.median(actor.join(holds="base") for _ in range(repeats))
     fresh = statistics.median(actor.join(holds=None) for _ in range(repeats))
     return {
-        "rate_over_tcp": ours / raw,
+        "rate_over_tcp": rates.medium / rates.tcp,
+        "delta_rate_over_tcp": rates.medium_deltas / rates.tcp_deltas,
+        "fetch_over_tcp": rates.fetch / rates.tcp,
         "join_over_bytes_time": late / (deltas / rate),
         "fresh_over_bytes_time": fresh / ((deltas + num_bytes) / rate),
-        "zeromq_gb_per_s": ours / 1e9,
-        "tcp_gb_per_s": raw / 1e9,
+        "zeromq_gb_per_s": rates.medium / 1e9,
+        "fetch_gb_per_s": rates.fetch / 1e9,
+        "tcp_gb_per_s": rates.tcp / 1e9,
         "dense_over_deltas_bytes": num_bytes * NUM_LATE / deltas,
         "link_gbit_per_s": rate * 8 / 1e9,
     }
@@ -230,6 +283,9 @@ def main() -> None:
     if arguments.role == "learner":
         Learner(num_bytes, arguments.folder).run()
     elif arguments.role == "actor":
+        # As an actor's process does.
+        keep_chunks()
+        collect_rarely()
         write(measure(num_bytes, arguments.folder, arguments.repeats, arguments.gbit), arguments)
     elif os.geteuid() != 0:
         print("skipped: network namespaces need root")
