@@ -185,6 +185,7 @@ def _add_units(span, num_changes, symbols, positions, others):  # type: ignore[n
 
     Which changes are others cannot be foreseen. Changes lie about a cache line apart, where the processor
     guesses none of them: with all positions known first, lines are asked for ahead, and wait for each other no more.
+    Behind the last position the scratch holds anything; asking for a line that is none is no fault.
     """
     one, two, three = np.uint64(1), np.uint64(2), np.uint64(3)
     num_others = np.uint64(0)
