@@ -7,12 +7,13 @@ change costs a gap to the change before it, and a step.
 
 A delta is a sequence of frames, each over a span within one block of FRAME_BYTES of the packed
 buffer, in rising order and without overlap; what no frame covers did not change. A frame is
-a header (`_HEADER`, little-endian), then four streams, each stored as it is or by zstd:
+a header (`_HEADER`, little-endian), then five streams, each stored as it is or by zstd:
 
     gaps      bytes: equal words before each change; 255 adds 255 and goes on
-    symbols   two bits a change, the lowest first: 0: +1, 1: -1, 2: a step, 3: a word
-    steps     int8 a symbol 2: what is added to the word, modulo its width
-    words     for each symbol 3: the new word
+    signs     a bit a change, the lowest first: the word goes up by a unit (0), or down (1)
+    others    bytes like gaps: changes of one unit before each change that is more
+    extras    a byte for each of these: so many units more in the same direction; 0: it is a word
+    words     for each extra 0: the new word
 
 A frame that would have more than MAX_DENSITY changes is dense: its `words` are all there
 are. Adding is exact only on the base that the delta was made from: whoever applies one
@@ -26,7 +27,6 @@ from __future__ import annotations
 import collections
 import heapq
 import itertools
-import math
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -51,13 +51,16 @@ Words = NDArray[Any]
 _Word = TypeVar("_Word", bound=np.generic)
 
 # offset; words, changes; width, compressed streams (bit i: stream i), two zeros; stored and plain sizes.
-_HEADER = struct.Struct("<QII BBxx 4I 4I")
+_HEADER = struct.Struct("<QII BBxx 5I 5I")
+_NUM_STREAMS = 5
+_WHOLE = 4
+"""The stream of words, which is all that a dense frame has."""
 _WORDS: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 _LEVEL = 1
 _TRIED_BYTES = 4096
 """Of a long stream, before all of it is compressed."""
 _PAYS = 7 / 8
-"""A stream that zstd makes hardly smaller is stored as it is: decompressing is a third of the time of applying."""
+"""A stream that zstd makes hardly smaller is stored as it is: decompressing costs more than its few bytes."""
 
 
 class Frame(NamedTuple):
@@ -71,10 +74,10 @@ class Frame(NamedTuple):
     width: int
     """Bytes a word: 2 or 4."""
     compressed: int
-    stored: tuple[slice, ...]
-    """The four streams in the delta: gaps, symbols, steps, words."""
+    edges: tuple[int, ...]
+    """Where the five streams begin in the delta, and where the last one ends."""
     plain_bytes: tuple[int, ...]
-    """Their sizes when they are not compressed."""
+    """Their sizes when they are not compressed: of gaps, signs, others, extras, words."""
 
     @property
     def end(self) -> int:
@@ -83,7 +86,7 @@ class Frame(NamedTuple):
     @property
     def lies(self) -> slice:
         """Header and streams, in the delta."""
-        return slice(self.stored[0].start - _HEADER.size, self.stored[-1].stop)
+        return slice(self.edges[0] - _HEADER.size, self.edges[-1])
 
     @property
     def is_dense(self) -> bool:
@@ -102,8 +105,10 @@ class _Scratch:
         self.num_words = num_words
         self.places: NDArray[np.uint64] = np.empty(PLACES, dtype=np.uint64)
         self.gaps: NDArray[np.uint8] = np.empty(most + num_words // LONG_GAP, dtype=np.uint8)
-        self.symbols: NDArray[np.uint8] = np.empty(most // 4 + 1, dtype=np.uint8)
-        self.steps: NDArray[np.uint8] = np.empty(most, dtype=np.uint8)
+        self.signs: NDArray[np.uint8] = np.empty(most // 8 + 1, dtype=np.uint8)
+        # One more: what is written and not there.
+        self.others: NDArray[np.uint8] = np.empty(most + most // LONG_GAP + 1, dtype=np.uint8)
+        self.extras: NDArray[np.uint8] = np.empty(most + 1, dtype=np.uint8)
         self.words: NDArray[np.uint8] = np.empty(most * 4, dtype=np.uint8)
 
 
@@ -128,18 +133,19 @@ class FrameEncoder:
         old, new = _as_input(old), _as_input(new)
         scratch = self._scratch_for(new)
         most = int(new.size * MAX_DENSITY)
-        num_changes, num_gaps, num_steps, num_words = write_changes(
+        num_changes, num_gaps, num_others, num_extras, num_words = write_changes(
             old, new, most, scratch.places,
-            scratch.gaps, scratch.symbols, scratch.steps, scratch.words.view(new.dtype),
+            scratch.gaps, scratch.signs, scratch.others, scratch.extras, scratch.words.view(new.dtype),
         )  # fmt: skip
         if num_changes == 0:
             return b""
         if num_changes > most:
-            return self._frame(offset, new, new.size, (b"", b"", b"", new.tobytes()))
+            return self._frame(offset, new, new.size, (b"", b"", b"", b"", new.tobytes()))
         streams = (
             scratch.gaps[:num_gaps].tobytes(),
-            scratch.symbols[: -(-num_changes // 4)].tobytes(),
-            scratch.steps[:num_steps].tobytes(),
+            scratch.signs[: -(-num_changes // 8)].tobytes(),
+            scratch.others[:num_others].tobytes(),
+            scratch.extras[:num_extras].tobytes(),
             scratch.words[: num_words * new.itemsize].tobytes(),
         )
         return self._frame(offset, new, num_changes, streams)
@@ -203,7 +209,7 @@ class FrameDecoder:
     def __init__(self) -> None:
         self._decompressor = zstandard.ZstdDecompressor()
         self._positions: NDArray[np.uint32] = np.empty(0, dtype=np.uint32)
-        self._others = self._positions
+        self._places = self._positions
 
     def apply(self, changes: Iterable[Change], version: NDArray[np.uint8]) -> None:
         """Makes the new bytes of the old, in place, frame after frame.
@@ -217,7 +223,7 @@ class FrameDecoder:
         ):
             if is_dense:
                 for delta, frame in group:
-                    version[frame.offset : frame.end] = self._stream(delta, frame, 3)
+                    version[frame.offset : frame.end] = self._stream(delta, frame, _WHOLE)
             else:
                 self._add(list(group), _WORDS[width], version)
 
@@ -225,27 +231,21 @@ class FrameDecoder:
         """Sparse frames of words of one dtype, in one call: between two, threads would wait for each other."""
         frames = [frame for _, frame in changes]
         start, end = min(frame.offset for frame in frames), max(frame.end for frame in frames)
-        streams = [[self._stream(delta, frame, index) for delta, frame in changes] for index in range(4)]
-        gaps, symbols, steps, words = (np.concatenate(each) for each in streams)
+        gaps, signs, others, extras, words = (
+            np.concatenate([self._stream(delta, frame, index) for delta, frame in changes])
+            for index in range(_NUM_STREAMS)
+        )
         table = np.array(
-            [
-                (
-                    (frame.offset - start) // frame.width,
-                    frame.num_words,
-                    frame.num_changes,
-                    *frame.plain_bytes,
-                )
-                for frame in frames
-            ],
+            [((f.offset - start) // f.width, f.num_words, f.num_changes, *f.plain_bytes) for f in frames],
             dtype=np.int64,
         )
         table[:, -1] //= dtype.itemsize
-        most = AHEAD + max(frame.plain_bytes[0] for frame in frames)
+        most = AHEAD + int(table[:, 3:6].max())
         if self._positions.size < most:
-            self._positions, self._others = np.empty((2, most), dtype=np.uint32)
+            self._positions, self._places = np.empty((2, most), dtype=np.uint32)
         num_applied = add_frames(
             version[start:end].view(dtype), table,
-            gaps, symbols, steps.view(np.int8), words.view(dtype), self._positions, self._others,
+            gaps, signs, others, extras, words.view(dtype), self._positions, self._places,
         )  # fmt: skip
         if num_applied < len(frames):
             bad = frames[num_applied]
@@ -256,7 +256,7 @@ class FrameDecoder:
 
     def _stream(self, delta: NDArray[np.uint8], frame: Frame, index: int) -> NDArray[np.uint8]:
         """Raises WeightTransferError unless a stream has the size that its header says."""
-        stored, size = delta[frame.stored[index]], frame.plain_bytes[index]
+        stored, size = delta[frame.edges[index] : frame.edges[index + 1]], frame.plain_bytes[index]
         if not frame.compressed >> index & 1:
             return stored
         try:
@@ -376,9 +376,8 @@ def _parse(delta: NDArray[np.uint8], position: int) -> tuple[Frame, int]:
     if start > delta.size:
         raise WeightTransferError(f"a delta of {delta.size} bytes ends within a header")
     offset, num_words, num_changes, width, compressed, *sizes = _HEADER.unpack_from(delta.data, position)
-    edges = tuple(itertools.accumulate(sizes[:4], initial=start))
-    stored = tuple(itertools.starmap(slice, itertools.pairwise(edges)))
-    frame = Frame(offset, num_words, num_changes, width, compressed, stored, tuple(sizes[4:]))
+    edges = tuple(itertools.accumulate(sizes[:_NUM_STREAMS], initial=start))
+    frame = Frame(offset, num_words, num_changes, width, compressed, edges, tuple(sizes[_NUM_STREAMS:]))
     if edges[-1] > delta.size or not _is_possible(frame):
         raise WeightTransferError(
             f"a delta of {delta.size} bytes has an impossible frame at byte {position}: {frame}"
@@ -388,21 +387,24 @@ def _parse(delta: NDArray[np.uint8], position: int) -> tuple[Frame, int]:
 
 def _is_possible(frame: Frame) -> bool:
     """Whether a header's numbers can be true together; bounds what is allocated for it."""
-    if frame.width not in _WORDS or frame.offset % frame.width or frame.compressed >> 4:
+    offset, num_words, num_changes, width, compressed, edges, plain_bytes = frame
+    if width not in _WORDS or offset % width or compressed >> _NUM_STREAMS:
         return False
-    if not 0 < frame.num_changes <= frame.num_words <= FRAME_BYTES // frame.width:
+    if not 0 < num_changes <= num_words <= FRAME_BYTES // width:
         return False
-    for index, (stored, plain) in enumerate(zip(frame.stored, frame.plain_bytes, strict=True)):
-        if not frame.compressed >> index & 1 and stored.stop - stored.start != plain:
+    for index, plain in enumerate(plain_bytes):
+        if not compressed >> index & 1 and edges[index + 1] - edges[index] != plain:
             return False
-    gaps, symbols, steps, words = frame.plain_bytes
+    gaps, signs, others, extras, words = plain_bytes
     if frame.is_dense:
-        return (gaps, symbols, steps, words) == (0, 0, 0, frame.num_words * frame.width)
+        return (gaps, signs, others, extras, words) == (0, 0, 0, 0, num_words * width)
     return (
-        frame.num_changes <= gaps <= frame.num_changes + frame.num_words // LONG_GAP
-        and symbols == math.ceil(frame.num_changes / 4)
-        and words % frame.width == 0
-        and steps + words // frame.width <= frame.num_changes
+        num_changes <= gaps <= num_changes + num_words // LONG_GAP
+        and signs == -(-num_changes // 8)
+        and extras <= num_changes
+        and extras <= others <= extras + num_changes // LONG_GAP
+        and words % width == 0
+        and words // width <= extras
     )
 
 

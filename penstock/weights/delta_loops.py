@@ -26,6 +26,8 @@ PLACES = STRETCH_BYTES // 2 + FORESEEN
 """Room for the changes of a stretch of the narrowest words, and for those that are written and are not there."""
 LONG_GAP = 255
 """A byte of gaps that adds itself and goes on."""
+MAX_EXTRA = 255
+"""Units beyond the first that a change of more than one unit may be told by; beyond, it is told as a word."""
 
 AHEAD = 48
 """Changes between asking for a word's cache line and writing to it: about what a memory access takes."""
@@ -105,20 +107,23 @@ def _write_places(old, new, start, end, places):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def write_changes(old, new, most, places, gaps, symbols, steps, words):  # type: ignore[no-untyped-def]
-    """Writes the streams of a sparse frame. Returns the numbers of changes, gap bytes, steps and words.
+def write_changes(old, new, most, places, gaps, signs, others, extras, words):  # type: ignore[no-untyped-def]
+    """Writes the streams of a sparse frame. Returns the numbers of changes, gap bytes, bytes of others, extras, words.
 
     Ends with more than `most` changes, and streams that say nothing, if there are more.
     places: scratch, [PLACES] uint64.
     Indices are unsigned, for numba looks at each signed one, whether it counts from the end.
     """
-    one, two, long_gap = np.uint64(1), np.uint64(2), np.uint64(LONG_GAP)
-    mask = (one << np.uint64(8 * new.itemsize)) - one
+    one, three, seven = np.uint64(1), np.uint64(3), np.uint64(7)
+    long_gap = np.uint64(LONG_GAP)
+    last_bit = np.uint64(8 * new.itemsize - 1)
+    mask = (one << last_bit << one) - one
     size, stretch = np.uint64(new.size), np.uint64(STRETCH_BYTES // new.itemsize)
     whole = size - size % np.uint64(BLOCK_BYTES // new.itemsize)
-    num_changes = num_gaps = num_steps = num_words = np.uint64(0)
+    num_changes = num_gaps = num_others = num_extras = num_words = np.uint64(0)
     behind = np.uint64(0)  # the word behind the last change
-    four = np.uint64(0)  # the last four symbols
+    behind_other = np.uint64(0)  # the change behind the last other one
+    eight = np.uint64(0)  # the last eight signs
     start = np.uint64(0)
     while start < size:
         if start < whole:
@@ -132,7 +137,7 @@ def write_changes(old, new, most, places, gaps, symbols, steps, words):  # type:
                     found += one
         start = end
         if num_changes + found > np.uint64(most):
-            return num_changes + found, num_gaps, num_steps, num_words
+            return num_changes + found, num_gaps, num_others, num_extras, num_words
         for index in range(found):  # while both versions' lines are in the cache
             position = places[index]
             gap = position - behind
@@ -144,22 +149,30 @@ def write_changes(old, new, most, places, gaps, symbols, steps, words):  # type:
             gaps[num_gaps] = gap
             num_gaps += one
             step = (np.uint64(new[position]) - np.uint64(old[position])) & mask
-            if (step + np.uint64(128)) & mask < np.uint64(256):
-                # Which of these is none of one unit cannot be foreseen either.
-                is_unit = np.uint64(step in (one, mask))
-                symbol = is_unit * (step >> one & one) + (one - is_unit) * two
-                steps[num_steps] = step & np.uint64(255)
-                num_steps += one - is_unit
-            else:
-                symbol = np.uint64(3)
+            sign = step >> last_bit
+            eight = eight >> one | sign << seven
+            signs[num_changes >> three] = eight  # its place is right once there are eight
+            extra = ((step ^ (np.uint64(0) - sign)) + sign - one) & mask
+            # Which changes are of more than one unit cannot be foreseen: each is written as if, and written over.
+            is_other = np.uint64(extra != 0)
+            gap = (num_changes - behind_other) * is_other
+            while gap >= long_gap:
+                others[num_others] = LONG_GAP
+                num_others += one
+                gap -= long_gap
+            others[num_others] = gap
+            num_others += is_other
+            num_changes += one
+            behind_other += (num_changes - behind_other) * is_other
+            is_word = extra > np.uint64(MAX_EXTRA)
+            extras[num_extras] = extra * np.uint64(not is_word)
+            num_extras += is_other
+            if is_word:
                 words[num_words] = new[position]
                 num_words += one
-            four = four >> two | symbol << np.uint64(6)
-            symbols[num_changes >> two] = four  # its place is right once there are four
-            num_changes += one
-    if num_changes & np.uint64(3):
-        symbols[num_changes >> two] = four >> (np.uint64(8) - two * (num_changes & np.uint64(3)))
-    return num_changes, num_gaps, num_steps, num_words
+    if num_changes & seven:
+        signs[num_changes >> three] = eight >> (np.uint64(8) - (num_changes & seven))
+    return num_changes, num_gaps, num_others, num_extras, num_words
 
 
 @compiled
@@ -180,69 +193,71 @@ def _find_positions(num_words, num_changes, gaps, positions):  # type: ignore[no
 
 
 @compiled
-def _add_units(span, num_changes, symbols, positions, others):  # type: ignore[no-untyped-def]
-    """Applies the changes of one unit, and none to the words of the others. Returns how many those are; writes which.
-
-    Which changes are others cannot be foreseen. Changes lie about a cache line apart, where the processor
-    guesses none of them: with all positions known first, lines are asked for ahead, and wait for each other no more.
-    Behind the last position the scratch holds anything; asking for a line that is none is no fault.
-    """
-    one, two, three = np.uint64(1), np.uint64(2), np.uint64(3)
-    num_others = np.uint64(0)
-    for change in range(np.uint64(num_changes)):
-        _prefetch(span, np.uint64(positions[change + np.uint64(AHEAD)]))
-        symbol = np.uint64(symbols[change >> two]) >> two * (change & three) & three
-        is_other = symbol >> one
-        span[np.uint64(positions[change])] += (one - two * symbol) * (one - is_other)
-        others[num_others] = change
-        num_others += is_other
-    return num_others
+def _unit(signs, change):  # type: ignore[no-untyped-def]
+    """1, or what is -1 modulo any width."""
+    one = np.uint64(1)
+    return one - (np.uint64(signs[change >> np.uint64(3)]) >> (change & np.uint64(7)) & one) * np.uint64(2)
 
 
 @compiled
-def _add_changes(span, num_changes, gaps, symbols, steps, words, positions, others):  # type: ignore[no-untyped-def]
+def _add_units(span, num_changes, signs, positions):  # type: ignore[no-untyped-def]
+    """Moves each changed word by one unit.
+
+    Changes lie about a cache line apart, where the processor guesses none of them: with all positions known
+    first, lines are asked for ahead, and wait for each other no more.
+    Behind the last position the scratch holds anything; asking for a line that is none is no fault.
+    """
+    for change in range(np.uint64(num_changes)):
+        _prefetch(span, np.uint64(positions[change + np.uint64(AHEAD)]))
+        span[np.uint64(positions[change])] += _unit(signs, change)
+
+
+@compiled
+def _add_changes(span, num_changes, gaps, signs, others, extras, words, positions, places):  # type: ignore[no-untyped-def]
     """Applies a sparse frame to `span`. False, with nothing beyond its bounds read or written, if it cannot be."""
     if not _find_positions(span.size, num_changes, gaps, positions):
         return False
-    one, two, three = np.uint64(1), np.uint64(2), np.uint64(3)
-    next_step = next_word = np.uint64(0)
-    for other in range(_add_units(span, num_changes, symbols, positions, others)):
-        change = np.uint64(others[other])
+    _add_units(span, num_changes, signs, positions)
+    if not _find_positions(num_changes, extras.size, others, places):
+        return False
+    next_word = np.uint64(0)
+    for other in range(np.uint64(extras.size)):
+        change = np.uint64(places[other])
         position = np.uint64(positions[change])
-        if np.uint64(symbols[change >> two]) >> two * (change & three) & one:
-            if next_word >= np.uint64(words.size):
-                return False
+        extra = np.uint64(extras[other])
+        if extra != 0:
+            span[position] += _unit(signs, change) * extra
+        elif next_word < np.uint64(words.size):
             span[position] = words[next_word]
-            next_word += one
+            next_word += np.uint64(1)
         else:
-            if next_step >= np.uint64(steps.size):
-                return False
-            span[position] += steps[next_step]
-            next_step += one
-    return next_step == np.uint64(steps.size) and next_word == np.uint64(words.size)
+            return False
+    return next_word == np.uint64(words.size)
 
 
 @compiled
-def add_frames(span, table, gaps, symbols, steps, words, positions, others):  # type: ignore[no-untyped-def]
+def add_frames(span, table, gaps, signs, others, extras, words, positions, places):  # type: ignore[no-untyped-def]
     """Applies sparse frames, one after the other. Returns how many, before one that cannot be.
 
-    table: [F, 7] int64: where a frame's words begin in `span`, how many, its changes, and the sizes of its
+    table: [F, 8] int64: where a frame's words begin in `span`, how many, its changes, and the sizes of its
     streams, which stand one behind the other.
-    positions, others: scratch, [at least the most gap bytes of a frame, and AHEAD] uint32.
+    positions, places: scratch, [at least the most bytes of gaps and of others of a frame, and AHEAD] uint32.
     """
-    gap = symbol = step = word = 0  # where the frame's streams begin
+    gap = sign = other = extra = word = 0  # where the frame's streams begin
     for frame in range(table.shape[0]):
-        start, num_words, num_changes, num_gaps, num_symbols, num_steps, num_own = table[frame]
+        start, num_words, num_changes, num_gaps, num_signs, num_others, num_extras, num_own = table[frame]
         if not _add_changes(
             span[start : start + num_words],
             num_changes,
             gaps[gap : gap + num_gaps],
-            symbols[symbol : symbol + num_symbols],
-            steps[step : step + num_steps],
+            signs[sign : sign + num_signs],
+            others[other : other + num_others],
+            extras[extra : extra + num_extras],
             words[word : word + num_own],
             positions,
-            others,
+            places,
         ):
             return frame
-        gap, symbol, step, word = gap + num_gaps, symbol + num_symbols, step + num_steps, word + num_own
+        gap, sign, other = gap + num_gaps, sign + num_signs, other + num_others
+        extra, word = extra + num_extras, word + num_own
     return table.shape[0]

@@ -34,7 +34,7 @@ from penstock.weights.staged import StagedWeights, stage
 from tests.weight_fixtures import CHUNK, flip_byte, moved, tensor, tensors
 
 SECONDS = 60.0
-NUM_BYTES_OF_A_DELTA_HEADER = 60
+NUM_BYTES_OF_A_DELTA_HEADER = 68
 
 LEARNER = """
 import dataclasses, os, sys

@@ -85,7 +85,9 @@ def test_a_few_changes_cost_a_few_bytes() -> None:
     delta = encode(old, new)
     (frame,) = frames_of(delta, new.nbytes)
     assert (frame.num_changes, frame.is_dense) == (4, False)
-    assert frame.plain_bytes[1:] == (1, 1, 2), "symbols of four changes, one step, one word"
+    assert frame.plain_bytes == (4 + (4999 - 8) // 255 + (99_999 - 5001) // 255, 1, 2, 2, 2), (
+        "gaps, signs of four changes, two others, one of them a unit more and one a word"
+    )
     assert np.array_equal(apply(delta, old), new.view(np.uint8))
 
 
@@ -116,7 +118,7 @@ def test_every_pattern_is_exact(data: st.DataObject, wide: bool) -> None:
     old = generator.choice(pool, size)
     density = data.draw(st.sampled_from([0.0, 0.001, 0.01, 0.1, 0.16, 1.0]))
     changed = generator.random(size) < density
-    steps = generator.choice(np.array([1, -1, 2, -2, 127, -128, 128, -129]), size).astype(dtype)
+    steps = generator.choice(np.array([1, -1, 2, -2, 255, -255, 256, -256, 257, -257]), size).astype(dtype)
     new = np.where(
         changed, np.where(generator.random(size) < 0.7, old + steps, generator.choice(pool, size)), old
     )
@@ -138,6 +140,18 @@ def test_changes_at_the_edges_of_gaps_and_blocks_are_exact(dtype: type) -> None:
             new = old.copy()
             new[places] += 1
             assert_exact(old, new)
+
+
+@pytest.mark.parametrize("num_units", [0, 7, 8, 253, 254, 255, 256, 509, 510, 511, 1000])
+def test_changes_of_more_than_a_unit_are_found_behind_any_number_of_others(num_units: int) -> None:
+    old = np.zeros(60_000, dtype=np.uint16)
+    for after in (0, 1, 300):
+        new = old.copy()
+        changed = np.arange(3, 3 + 7 * (num_units + 2 + after), 7)
+        new[changed] += 1
+        new[changed[num_units : num_units + 2]] = [3, 0x7F80]
+        assert next(frames_of(encode(old, new), new.nbytes)).plain_bytes[3:] == (2, 2)
+        assert_exact(old, new)
 
 
 def test_words_that_lie_askew_are_encoded_too() -> None:
@@ -220,7 +234,7 @@ def test_hostile_bytes_raise_or_stay_within_bounds(data: st.DataObject) -> None:
     hostile = delta.copy()
     for _ in range(data.draw(st.integers(1, 4))):
         # The header more often than the rest: most of what can go wrong is there.
-        end = data.draw(st.sampled_from([52, hostile.size])) - 1
+        end = data.draw(st.sampled_from([60, hostile.size])) - 1
         hostile[data.draw(st.integers(0, end))] = data.draw(st.integers(0, 255))
     hostile = hostile[: data.draw(st.sampled_from([hostile.size, hostile.size // 2]))]
     memory = np.full(3 * old.nbytes, 0xAB, dtype=np.uint8)
@@ -245,9 +259,9 @@ def test_a_stream_that_would_grow_beyond_its_stated_size_is_refused() -> None:
     delta = encode(old, new).copy()
     (frame,) = frames_of(delta, old.nbytes)
     assert frame.compressed & 1
-    stated = struct.unpack_from("<I", delta, 36)
+    stated = struct.unpack_from("<I", delta, 40)
     assert stated == (frame.plain_bytes[0],)
-    struct.pack_into("<I", delta, 36, stated[0] + 1)
+    struct.pack_into("<I", delta, 40, stated[0] + 1)
     with pytest.raises(WeightTransferError, match="does not have the 6001 bytes"):
         apply(delta, old)
 
@@ -257,8 +271,8 @@ def test_a_gap_that_goes_on_behind_the_last_change_is_refused() -> None:
     new[300] = 1
     delta = encode(old, new, compress=False).copy()
     (frame,) = frames_of(delta, old.nbytes)
-    assert delta[frame.stored[0]].tolist() == [255, 45]
-    delta[frame.stored[0]] = [45, 255]
+    assert delta[slice(*frame.edges[:2])].tolist() == [255, 45]
+    delta[slice(*frame.edges[:2])] = [45, 255]
     with pytest.raises(WeightTransferError, match="contradicts itself"):
         apply(delta, old)
 
