@@ -337,8 +337,9 @@ Global___SharedMemoryMedium: _TypeAlias = SharedMemoryMedium  # noqa: Y015
 
 @_typing.final
 class ZeromqMedium(_message.Message):
-    """A ROUTER socket. A request is one ChunkRequest; each answer is two frames:
-    a ChunkHeader, then the chunk's bytes (none if it is not held).
+    """A ROUTER socket. A message asks for one chunk, of any size, or for up to 16 that have
+    at most 512 KiB together: a frame each, a ChunkRequest. Its answer is one message, of
+    two frames for each: a ChunkHeader, then the chunk's bytes (none if it is not held).
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -1,12 +1,13 @@
 """Chunks over ZeroMQ, for receivers on other hosts.
 
     receiver (DEALER)                 server (ROUTER, a thread of the coordinator)
-      ChunkRequest          ->
+      ChunkRequest, ...     ->
       up to CREDIT_BYTES    ->
-                            <-        ChunkHeader, bytes      one answer a request
+                            <-        ChunkHeader, bytes, ...      one message answers one
 
 The receiver's credits are all the flow control there is: the server never has more
-than a few chunks queued for a receiver, and drops what a greedier one asks for.
+than a few chunks queued for a receiver, and drops what a greedier one asks for. Of a small
+chunk's time, waking the threads on its way is most: several are asked for in one message.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import zmq
 from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
 
 from penstock.errors import ConfigError, WeightTransferError
 from penstock.trajectory import PolicyVersion
@@ -43,6 +46,9 @@ CREDIT_BYTES = 8 * 1024 * 1024
 """Of chunks that a receiver has asked for and does not have. One chunk may be more."""
 MAX_REQUESTS = 64
 """Of them, however small."""
+MESSAGE_BYTES = 512 * 1024
+"""Of the chunks of one message, unless it is one chunk."""
+MESSAGE_CHUNKS = 16
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +72,7 @@ class ServerStats:
     num_missing: int
     """Requests for a version or chunk that is not held."""
     num_malformed: int
-    """Messages that are no request, and were dropped."""
+    """Messages that ask for nothing, or for too much, and were dropped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,25 +174,31 @@ class ZeromqServer:
             self._context.term()
 
     def _answer(self, frames: list[bytes]) -> None:
-        request = _parse_request(frames)
-        if request is None:
+        requests = _parse_requests(frames[1:])
+        found = [self._find(request) for request in requests]
+        sizes = [0 if chunk is None else chunk.size for chunk in found]
+        if not requests or (len(sizes) > 1 and sum(sizes) > MESSAGE_BYTES):
             self._num_malformed += 1
             return
-        self._num_requests += 1
-        held = self._held.get(request.source.hex())
-        found = held is not None and held.has(request)
-        header = weights_pb2.ChunkHeader(source=request.source, index=request.index, found=found)
-        prefix = [frames[0], header.SerializeToString()]
-        if held is None or not found:
-            self._num_missing += 1
-            self._socket.send_multipart([*prefix, b""])
-            return
-        chunk = held.segment.payload[held.blob.chunk(request.index)]
+        answer: list[bytes | memoryview] = [frames[0]]
+        for request, chunk in zip(requests, found, strict=True):
+            header = weights_pb2.ChunkHeader(
+                source=request.source, index=request.index, found=chunk is not None
+            )
+            answer += (header.SerializeToString(), b"" if chunk is None else chunk.data)
         # Sent from the mapped segment. Should the trainer overwrite it meanwhile, the receiver
         # sees another digest and asks again, and then the nonce tells us that it is gone.
-        self._num_chunks += 1
-        self._num_bytes += chunk.size
-        self._socket.send_multipart([*prefix, chunk.data], copy=chunk.size < _COPIED_BYTES)
+        self._num_requests += len(requests)
+        self._num_missing += sum(chunk is None for chunk in found)
+        self._num_chunks += sum(chunk is not None for chunk in found)
+        self._num_bytes += sum(sizes)
+        self._socket.send_multipart(answer, copy=sizes[0] < _COPIED_BYTES)
+
+    def _find(self, request: weights_pb2.ChunkRequest) -> NDArray[np.uint8] | None:
+        held = self._held.get(request.source.hex())
+        if held is None or not held.has(request):
+            return None
+        return held.segment.payload[held.blob.chunk(request.index)]
 
 
 class ZeromqReceiver:
@@ -200,6 +212,8 @@ class ZeromqReceiver:
         self._resend_seconds = resend_seconds
         self._progress_seconds = progress_seconds
         self._context = zmq.Context()
+        self._idle: tuple[str, zmq.Socket[bytes]] | None = None
+        """An endpoint, and a connection to it on which nothing is under way."""
 
     @property
     def medium(self) -> type[Medium]:
@@ -209,13 +223,28 @@ class ZeromqReceiver:
         self, blob: Blob, medium: Medium, indices: Sequence[int], patience: Patience
     ) -> Generator[Chunk, None, None]:
         assert isinstance(medium, ZeromqMedium)
-        socket = _dealer(self._context, medium.endpoint)
+        socket = self._connect(medium.endpoint)
         try:
             yield from self._pull(socket, blob, medium, indices, patience)
-        finally:
+        except BaseException:
+            # Answers may still be on their way; the next transfer begins without them.
             socket.close()
+            raise
+        self._idle = medium.endpoint, socket
+
+    def _connect(self, endpoint: str) -> zmq.Socket[bytes]:
+        """The connection of the transfer before, if it led there."""
+        idle, self._idle = self._idle, None
+        if idle is not None:
+            known, socket = idle
+            if known == endpoint:
+                return socket
+            socket.close()
+        return _dealer(self._context, endpoint)
 
     def close(self) -> None:
+        if self._idle is not None:
+            self._idle[1].close()
         self._context.term()
 
     def _pull(
@@ -232,8 +261,7 @@ class ZeromqReceiver:
         while requests.fill():
             patience.check(waiting_for)
             if socket.poll(_POLL_MILLISECONDS, zmq.POLLIN):
-                chunk = requests.receive()
-                if chunk is not None:
+                for chunk in requests.receive():
                     progress = time.monotonic()
                     yield chunk
                 continue
@@ -247,73 +275,98 @@ class ZeromqReceiver:
                 requests.resend()
 
 
+class _Wanted(NamedTuple):
+    """A chunk that is to be asked for."""
+
+    chunk: int
+    """Its index in the blob."""
+    key: tuple[bytes, int]
+    """How the server knows it."""
+    num_bytes: int
+    request: bytes
+
+
 class _Requests:
     """The chunks that are still to be asked for, and those that are asked for."""
 
     def __init__(self, socket: zmq.Socket[bytes], blob: Blob, indices: Sequence[int]) -> None:
         self._socket = socket
         self._blob = blob
-        self._todo = list(reversed(indices))
-        self._outstanding: dict[tuple[bytes, int], int] = {}
-        """Indices that are asked for, by how the server knows them."""
+        self._todo = [_wanted(blob, index) for index in reversed(indices)]
+        self._outstanding: dict[tuple[bytes, int], _Wanted] = {}
         self._outstanding_bytes = 0
 
     def fill(self) -> bool:
-        """Sends requests as far as the credits go, once half of them are free. False when every chunk is here.
-
-        Many at once: of a small chunk's time, waking the threads on its way is most.
-        """
-        is_low = 2 * len(self._outstanding) <= MAX_REQUESTS and 2 * self._outstanding_bytes <= CREDIT_BYTES
-        while is_low and self._todo and self._has_credit(self._todo[-1]):
-            index = self._todo.pop()
-            self._outstanding[self._origin(index)] = index
-            self._outstanding_bytes += self._blob.size_of(index)
-            self._send(index)
+        """Sends requests as far as the credits go, once half of them are free. False when every chunk is here."""
+        if 2 * len(self._outstanding) <= MAX_REQUESTS and 2 * self._outstanding_bytes <= CREDIT_BYTES:
+            taken = []
+            while self._todo and self._has_credit(self._todo[-1]):
+                wanted = self._todo.pop()
+                self._outstanding[wanted.key] = wanted
+                self._outstanding_bytes += wanted.num_bytes
+                taken.append(wanted)
+            self._send(taken)
         return bool(self._outstanding)
 
     def resend(self) -> None:
-        for index in sorted(self._outstanding.values()):
-            self._send(index)
+        self._send(sorted(self._outstanding.values()))
 
-    def receive(self) -> Chunk | None:
-        """Reads one answer; None if nobody waits for it."""
+    def receive(self) -> Iterator[Chunk]:
+        """Reads one answer; of its chunks, those that somebody waits for."""
         frames = self._socket.recv_multipart(copy=False)
-        if len(frames) != 2:
-            raise WeightTransferError(f"an answer of {len(frames)} frames; expected a header and a chunk")
-        header = _parse_header(frames[0].bytes)
-        index = self._outstanding.get((header.source, header.index))
-        if index is None:
-            return None
-        if not header.found:
+        if len(frames) % 2:
             raise WeightTransferError(
-                f"the server holds version {self._blob.version} no more; fetch a newer version"
+                f"an answer of {len(frames)} frames; expected headers and chunks in turn"
             )
-        del self._outstanding[header.source, header.index]
-        self._outstanding_bytes -= self._blob.size_of(index)
-        return index, np.frombuffer(frames[1].buffer, dtype=np.uint8)
+        for head, chunk in zip(frames[::2], frames[1::2], strict=True):
+            header = _parse_header(head.bytes)
+            wanted = self._outstanding.get((header.source, header.index))
+            if wanted is None:
+                continue
+            if not header.found:
+                raise WeightTransferError(
+                    f"the server holds version {self._blob.version} no more; fetch a newer version"
+                )
+            del self._outstanding[wanted.key]
+            self._outstanding_bytes -= wanted.num_bytes
+            yield wanted.chunk, np.frombuffer(chunk.buffer, dtype=np.uint8)
 
-    def _has_credit(self, index: int) -> bool:
+    def _has_credit(self, wanted: _Wanted) -> bool:
         if not self._outstanding:
             return True
         return (
             len(self._outstanding) < MAX_REQUESTS
-            and self._outstanding_bytes + self._blob.size_of(index) <= CREDIT_BYTES
+            and self._outstanding_bytes + wanted.num_bytes <= CREDIT_BYTES
         )
 
-    def _send(self, index: int) -> None:
-        source, source_index = self._origin(index)
-        request = weights_pb2.ChunkRequest(
-            digest=self._blob.chunk_digests[index], source=source, index=source_index
-        )
-        try:
-            self._socket.send(request.SerializeToString(), zmq.NOBLOCK)
-        except zmq.Again:
-            # The queue to a server that is not there is full; `resend` comes back to it.
-            _log.debug("request for chunk %d is held back: the queue is full", index)
+    def _send(self, several: Sequence[_Wanted]) -> None:
+        for together in _messages(several):
+            try:
+                self._socket.send_multipart([wanted.request for wanted in together], zmq.NOBLOCK)
+            except zmq.Again:
+                # The queue to a server that is not there is full; `resend` comes back to it.
+                _log.debug("requests for %d chunks are held back: the queue is full", len(together))
 
-    def _origin(self, index: int) -> tuple[bytes, int]:
-        digest, source_index = self._blob.origin(index)
-        return bytes.fromhex(digest), source_index
+
+def _wanted(blob: Blob, index: int) -> _Wanted:
+    digest, source_index = blob.origin(index)
+    source = bytes.fromhex(digest)
+    request = weights_pb2.ChunkRequest(digest=blob.chunk_digests[index], source=source, index=source_index)
+    return _Wanted(index, (source, source_index), blob.size_of(index), request.SerializeToString())
+
+
+def _messages(several: Sequence[_Wanted]) -> Iterator[list[_Wanted]]:
+    """Cuts into what is asked for together."""
+    together: list[_Wanted] = []
+    num_bytes = 0
+    for wanted in several:
+        if together and (len(together) == MESSAGE_CHUNKS or num_bytes + wanted.num_bytes > MESSAGE_BYTES):
+            yield together
+            together, num_bytes = [], 0
+        together.append(wanted)
+        num_bytes += wanted.num_bytes
+    if together:
+        yield together
 
 
 def _hold(blob: Blob, medium: SharedMemoryMedium) -> _Held:
@@ -323,14 +376,16 @@ def _hold(blob: Blob, medium: SharedMemoryMedium) -> _Held:
     return _Held(blob=blob, nonce=medium.nonce, segment=segment)
 
 
-def _parse_request(frames: list[bytes]) -> weights_pb2.ChunkRequest | None:
-    if len(frames) != 2:
-        return None
+def _parse_requests(frames: Sequence[bytes]) -> list[weights_pb2.ChunkRequest]:
+    """Nothing, unless all of them are some."""
+    if len(frames) > MESSAGE_CHUNKS:
+        return []
     try:
-        request = weights_pb2.ChunkRequest.FromString(frames[1])
+        requests = [weights_pb2.ChunkRequest.FromString(frame) for frame in frames]
     except DecodeError:
-        return None
-    return request if len(request.digest) == len(request.source) == DIGEST_BYTES else None
+        return []
+    are_whole = all(len(each.digest) == len(each.source) == DIGEST_BYTES for each in requests)
+    return requests if are_whole else []
 
 
 def _parse_header(frame: bytes) -> weights_pb2.ChunkHeader:

@@ -83,6 +83,49 @@ def test_a_chunk_is_served(
     assert len(chunk) == CHUNK
 
 
+def test_chunks_that_are_asked_for_together_are_answered_together(
+    ring: SegmentRing, server: ZeromqServer, context: zmq.Context[zmq.Socket[bytes]]
+) -> None:
+    manifest = ring.write(PolicyVersion(1, 0), tensors())
+    server.add(manifest)
+    chunks = _chunks_of(manifest)
+    client = context.socket(zmq.DEALER)
+    client.connect(server.endpoint)
+    client.send_multipart(
+        [
+            request_for(manifest, index=1, digest=manifest.chunk_digests[1]),
+            request_for(manifest, index=10_000),
+            request_for(manifest),
+        ]
+    )
+    assert client.poll(SECONDS * 1000)
+    answer = client.recv_multipart()
+    headers = [weights_pb2.ChunkHeader.FromString(header) for header in answer[::2]]
+    assert [(header.index, header.found) for header in headers] == [(1, True), (10_000, False), (0, True)]
+    assert answer[1::2] == [chunks[1], b"", chunks[0]]
+    stats = server.stats()
+    assert (stats.num_requests, stats.num_chunks, stats.num_missing) == (3, 2, 1)
+
+
+def test_more_than_a_message_holds_is_not_answered(
+    ring: SegmentRing,
+    server: ZeromqServer,
+    context: zmq.Context[zmq.Socket[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """But for one chunk, however large: nothing smaller can be asked for."""
+    monkeypatch.setattr(zeromq, "MESSAGE_BYTES", CHUNK - 1)
+    manifest = ring.write(PolicyVersion(1, 0), tensors())
+    server.add(manifest)
+    client = context.socket(zmq.DEALER)
+    client.connect(server.endpoint)
+    client.send_multipart([request_for(manifest), request_for(manifest)])
+    client.send(request_for(manifest))
+    assert client.poll(SECONDS * 1000)
+    assert len(client.recv_multipart()) == 2
+    assert server.stats().num_malformed == 1
+
+
 def test_malformed_requests_are_counted_and_dropped(
     ring: SegmentRing, server: ZeromqServer, context: zmq.Context[zmq.Socket[bytes]]
 ) -> None:
@@ -96,6 +139,8 @@ def test_malformed_requests_are_counted_and_dropped(
         [b"a", b"b"],
         [request_for(manifest, digest=b"short")],
         [request_for(manifest, source=b"")],
+        [request_for(manifest), request_for(manifest, source=b"")],
+        [request_for(manifest)] * (zeromq.MESSAGE_CHUNKS + 1),
     ]
     for frames in bad:
         client.send_multipart(frames)
@@ -199,6 +244,37 @@ def test_a_dead_server_ends_in_an_error(ring: SegmentRing) -> None:
         fetch(manifest, ZeromqReceiver(progress_seconds=0.2))
 
 
+def test_transfers_from_one_server_share_a_connection_until_one_fails(
+    ring: SegmentRing, server: ZeromqServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was on its way when it failed is nobody's."""
+    opened: list[str] = []
+    dealer = zeromq._dealer
+
+    def counted(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
+        opened.append(endpoint)
+        return dealer(context, endpoint)
+
+    monkeypatch.setattr(zeromq, "_dealer", counted)
+    fetcher = WeightFetcher([ZeromqReceiver()])
+    manifests = [over(_added(server, ring, step), server.endpoint) for step in range(3)]
+    for step in (1, 2):
+        assert_holds(fetcher.fetch(manifests[step], timeout_seconds=SECONDS), tensors(seed=step))
+    assert opened == [server.endpoint]
+    with pytest.raises(WeightTransferError, match="no more"):
+        fetcher.fetch(manifests[0], timeout_seconds=SECONDS)
+    assert opened == [server.endpoint]
+    newer = over(_added(server, ring, 3), server.endpoint)
+    assert_holds(fetcher.fetch(newer, timeout_seconds=SECONDS), tensors(seed=3))
+    assert opened == [server.endpoint] * 2
+    other = ZeromqServer("tcp://127.0.0.1:0")
+    elsewhere = over(_added(other, ring, 4), other.endpoint)
+    assert_holds(fetcher.fetch(elsewhere, timeout_seconds=SECONDS), tensors(seed=4))
+    assert opened == [server.endpoint] * 2 + [other.endpoint]
+    other.close()
+    fetcher.close()
+
+
 class FakeServer:
     """Answers each request as `answer(number, request)` says: frames, or None for silence."""
 
@@ -219,11 +295,12 @@ class FakeServer:
         number = 0
         while not self._closing.is_set():
             if self._socket.poll(20):
-                peer, request = self._socket.recv_multipart()
-                frames = self._answer(number, weights_pb2.ChunkRequest.FromString(request))
-                number += 1
-                if frames is not None:
-                    self._socket.send_multipart([peer, *frames])
+                peer, *requests = self._socket.recv_multipart()
+                for request in requests:
+                    frames = self._answer(number, weights_pb2.ChunkRequest.FromString(request))
+                    number += 1
+                    if frames is not None:
+                        self._socket.send_multipart([peer, *frames])
         self._socket.close()
 
     def close(self) -> None:
