@@ -272,7 +272,7 @@ def main() -> None:
     )
     parser.add_argument("--megabytes", type=int, default=128)
     parser.add_argument("--gbit", type=float, default=1.0, help="rate of the link on which actors join")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--role", choices=("learner", "actor"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     add_arguments(parser)

@@ -35,8 +35,11 @@ from penstock.weights.segment import NONCE_BYTES, OwnedSegment, SegmentRing, Wri
 SNAPSHOT_EVERY = 16
 """Publications between snapshots."""
 KEPT_DELTAS = 40
-DELTA_CHUNK_BYTES = 128 * 1024
-"""Of deltas, at most: a receiver that needs several asks for their parts of the same tensors together."""
+DELTA_PARTS = 16
+"""A delta's chunks, while they are neither too small nor larger than a version's: a receiver that needs several
+deltas asks for their parts of the same tensors together, and the first such parts, and the last, take time alone."""
+MIN_DELTA_CHUNK_BYTES = 128 * 1024
+"""A chunk costs processor time at both ends, however small it is, and 32 bytes of each manifest."""
 
 _log = logging.getLogger(__name__)
 
@@ -163,13 +166,21 @@ class _Logged:
     segment: OwnedSegment
 
 
+def _chunk_bytes(num_bytes: int, *, at_most: int) -> int:
+    """MIN_DELTA_CHUNK_BYTES, doubled until no more than DELTA_PARTS are needed."""
+    size = MIN_DELTA_CHUNK_BYTES
+    while size * DELTA_PARTS < num_bytes:
+        size *= 2
+    return min(size, at_most)
+
+
 def _log_delta(prefix: str, before: Manifest, manifest: Manifest, data: NDArray[np.uint8]) -> _Logged:
     """Writes a delta to a segment of its own. Raises WeightTransferError when there is no room."""
     owned = create_segment(prefix, data.size)
     owned.segment.payload[: data.size] = data
     nonce = secrets.token_bytes(NONCE_BYTES)
     owned.segment.set_nonce(nonce)
-    size = min(manifest.chunk_bytes, DELTA_CHUNK_BYTES)
+    size = _chunk_bytes(data.size, at_most=manifest.chunk_bytes)
     digests = tuple(
         chunk_digest(data[index * size : (index + 1) * size]) for index in range(num_chunks(data.size, size))
     )

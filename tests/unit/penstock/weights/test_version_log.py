@@ -12,6 +12,7 @@ import pytest
 from penstock.codec import manifest_from_wire, manifest_to_wire
 from penstock.errors import ProtocolError, WeightTransferError
 from penstock.trajectory import PolicyVersion
+from penstock.weights import version_log
 from penstock.weights.catching_up import shortest_way
 from penstock.weights.delta import encode_version
 from penstock.weights.fetch import WeightFetcher
@@ -91,6 +92,24 @@ def test_who_is_several_versions_late_fetches_the_deltas_since(learner: Learner,
         manifest = learner.publish()
     assert_holds(actor.fetch(manifest), learner.content)
     assert actor.num_chunks == 5
+
+
+def test_deltas_of_any_size_come_in_a_few_chunks(
+    learner: Learner, actor: Actor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(version_log, "MIN_DELTA_CHUNK_BYTES", 1024)
+    content = tensor("long", (200_000,), dtype="BF16")
+    actor.fetch(learner.publish([content]))
+    generator = np.random.default_rng(0)
+    for num_changes in (1_000, 8_000, 25_000):
+        words = content.data.view(np.uint16).copy()
+        places = generator.choice(words.size, num_changes, replace=False)
+        words[places] ^= generator.integers(1, 1 << 16, num_changes, dtype=np.uint16)
+        content = dataclasses.replace(content, data=words.view(np.uint8))
+        newest = learner.publish([content])
+    assert [delta.chunk_bytes for delta in newest.deltas] == [1024, 2048, CHUNK], "no larger than a version's"
+    assert_holds(actor.fetch(newest), [content])
+    assert actor.num_chunks == sum(len(delta.chunk_digests) for delta in newest.deltas)
 
 
 def test_who_holds_nothing_fetches_the_snapshot_and_the_deltas_after_it(
