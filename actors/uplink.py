@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 _ITEMS_PER_MESSAGE = 32
 _BYTES_PER_MESSAGE = 4 * 1024 * 1024
-_GATHER_SECONDS = 0.01
+_GATHER_SECONDS = 0.03
 """For rollouts that end together: a message costs both ends as much as several trajectories in it."""
 _ACK_SECONDS = 30.0
 
