@@ -52,7 +52,7 @@ _FINISH_SECONDS = 2.0
 _RETURN_SECONDS = 2.5
 _FLUSH_SECONDS = 3.0
 _GATHER_SECONDS = 0.03
-"""For rollouts that end together. There are a quarter more of them than the engine has slots, so that it does not wait."""
+"""For rollouts that end together: there are more of them than the engine has slots, so that it does not wait."""
 LOOP_SECONDS = 120.0
 """An event loop that does not turn for this long is dead."""
 DRAIN_LIMIT_SECONDS = 60.0

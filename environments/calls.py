@@ -30,7 +30,6 @@ MAX_BYTES = 4 * 1024 * 1024
 
 _FEW_CALLS = 16
 _GATHER_SECONDS = 0.016
-"""With more than a few calls under way."""
 _EXPIRY_SECONDS = 0.05
 """Between two looks at what waits for too long."""
 
