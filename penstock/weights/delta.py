@@ -240,7 +240,7 @@ class FrameDecoder:
             dtype=np.int64,
         )
         table[:, -1] //= dtype.itemsize
-        most = AHEAD + int(table[:, 3:6].max())
+        most = AHEAD + max(max(gaps, others) for gaps, _, others, *_ in (f.plain_bytes for f in frames))
         if self._positions.size < most:
             self._positions, self._places = np.empty((2, most), dtype=np.uint32)
         num_applied = add_frames(

@@ -107,6 +107,17 @@ def _write_places(old, new, start, end, places):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def _write_gap(stream, place, gap):  # type: ignore[no-untyped-def]
+    """Writes a gap from `place` on. Returns where its last byte is."""
+    while gap >= np.uint64(LONG_GAP):
+        stream[place] = LONG_GAP
+        place += np.uint64(1)
+        gap -= np.uint64(LONG_GAP)
+    stream[place] = gap
+    return place
+
+
+@compiled
 def write_changes(old, new, most, places, gaps, signs, others, extras, words):  # type: ignore[no-untyped-def]
     """Writes the streams of a sparse frame. Returns the numbers of changes, gap bytes, bytes of others, extras, words.
 
@@ -115,7 +126,6 @@ def write_changes(old, new, most, places, gaps, signs, others, extras, words):  
     Indices are unsigned, for numba looks at each signed one, whether it counts from the end.
     """
     one, three, seven = np.uint64(1), np.uint64(3), np.uint64(7)
-    long_gap = np.uint64(LONG_GAP)
     last_bit = np.uint64(8 * new.itemsize - 1)
     mask = (one << last_bit << one) - one
     size, stretch = np.uint64(new.size), np.uint64(STRETCH_BYTES // new.itemsize)
@@ -140,14 +150,8 @@ def write_changes(old, new, most, places, gaps, signs, others, extras, words):  
             return num_changes + found, num_gaps, num_others, num_extras, num_words
         for index in range(found):  # while both versions' lines are in the cache
             position = places[index]
-            gap = position - behind
+            num_gaps = _write_gap(gaps, num_gaps, position - behind) + one
             behind = position + one
-            while gap >= long_gap:
-                gaps[num_gaps] = LONG_GAP
-                num_gaps += one
-                gap -= long_gap
-            gaps[num_gaps] = gap
-            num_gaps += one
             step = (np.uint64(new[position]) - np.uint64(old[position])) & mask
             sign = step >> last_bit
             eight = eight >> one | sign << seven
@@ -155,13 +159,7 @@ def write_changes(old, new, most, places, gaps, signs, others, extras, words):  
             extra = ((step ^ (np.uint64(0) - sign)) + sign - one) & mask
             # Which changes are of more than one unit cannot be foreseen: each is written as if, and written over.
             is_other = np.uint64(extra != 0)
-            gap = (num_changes - behind_other) * is_other
-            while gap >= long_gap:
-                others[num_others] = LONG_GAP
-                num_others += one
-                gap -= long_gap
-            others[num_others] = gap
-            num_others += is_other
+            num_others = _write_gap(others, num_others, (num_changes - behind_other) * is_other) + is_other
             num_changes += one
             behind_other += (num_changes - behind_other) * is_other
             is_word = extra > np.uint64(MAX_EXTRA)
