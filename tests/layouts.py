@@ -31,6 +31,7 @@ class Layout:
     num_replicas: int = 1
     context_ranks: int = 1
     tensor_ranks: int = 1
+    pipeline_ranks: int = 1
 
 
 class WeightedLogprobs:

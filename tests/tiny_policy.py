@@ -5,6 +5,9 @@ from __future__ import annotations
 import string
 from pathlib import Path
 
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
 from penstock.quickstart.policy import make_policy
 
 CHARACTERS = string.digits + string.ascii_lowercase + " +-*/=.,:?!\n"
@@ -29,3 +32,14 @@ def write_tiny_policy(
         head_dim=hidden_size // 4,
         tied=tied,
     )
+
+
+def write_family(folder: Path, config: PreTrainedConfig) -> None:
+    """Random weights, also where they usually begin at 0 or 1."""
+    torch.manual_seed(0)
+    causal_lm = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in causal_lm.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+    causal_lm.save_pretrained(folder)

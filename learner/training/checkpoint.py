@@ -230,7 +230,7 @@ def _write_shard(state: dict[str, torch.Tensor], shard: Path) -> bytes:
 def _state_of(updater: Updater) -> dict[str, torch.Tensor]:
     """A copy of this rank's part of everything, on the CPU, and its RNG."""
     state: dict[str, torch.Tensor] = {}
-    for name, tensor in _named_tensors(updater):
+    for name, tensor in _own_tensors(updater):
         if _is_written(tensor, updater.ranks.rank):
             state[name] = local(tensor).to("cpu", copy=True).contiguous()
     state[f"{_RNG}cpu"] = torch.get_rng_state()
@@ -239,12 +239,16 @@ def _state_of(updater: Updater) -> dict[str, torch.Tensor]:
     return state
 
 
-def _named_tensors(updater: Updater) -> Iterator[tuple[str, torch.Tensor]]:
+def _own_tensors(updater: Updater) -> Iterator[tuple[str, torch.Tensor]]:
+    """Of this rank's stage: all that no other stage writes."""
+    stage = updater.policy.stage
     for name, tensor in trained_tensors(updater.policy):
-        yield f"{POLICY}{name}", tensor
+        if stage is None or stage.owns(name):
+            yield f"{POLICY}{name}", tensor
     for name, parameter in updater.policy.causal_lm.named_parameters():
         for kind, value in updater.optimizer.state.get(parameter, {}).items():
-            yield f"{_OPTIMIZER}{kind}/{name}", value
+            if stage is None or stage.owns(name):
+                yield f"{_OPTIMIZER}{kind}/{name}", value
 
 
 def _is_written(tensor: torch.Tensor, rank: int) -> bool:
@@ -254,7 +258,7 @@ def _is_written(tensor: torch.Tensor, rank: int) -> bool:
 
 def _manifest_bytes(updater: Updater, pending: _Pending, digests: list[str]) -> bytes:
     world_size = updater.ranks.world_size
-    tensors = {name: _placement(tensor, world_size) for name, tensor in _named_tensors(updater)}
+    tensors = _placements(updater)
     files = {_shard_name(rank, world_size): digest for rank, digest in enumerate(digests)}
     has_columns = any("columns" in entry for entry in tensors.values())
     fields = {"format": FORMATS[int(has_columns)], "step": pending.step, "files": files, "tensors": tensors}
@@ -267,16 +271,33 @@ def _manifest_bytes(updater: Updater, pending: _Pending, digests: list[str]) -> 
     return json.dumps(fields, indent=1).encode()
 
 
-def _placement(tensor: torch.Tensor, world_size: int) -> dict[str, Any]:
-    """Which part stands in the file of each rank, as a manifest says it."""
-    blocks = [block_of(tensor, rank) for rank in range(world_size)]
-    rows = [(block[0].start, block[0].stop) if block else (0, 1) for block in blocks]
-    written = [_is_written(tensor, rank) for rank in range(world_size)]
-    entry: dict[str, Any] = {
-        "shape": list(tensor.shape),
-        "rows": [each if is_written else (0, 0) for each, is_written in zip(rows, written, strict=True)],
+def _placements(updater: Updater) -> dict[str, Any]:
+    """_placement of every tensor; where stages have different ones, of those of all stages."""
+    ranks = updater.ranks
+    own = {name: _placement(tensor, ranks) for name, tensor in _own_tensors(updater)}
+    if updater.policy.stage is None:
+        return own
+    told = json.dumps(own).encode() if ranks.rank == ranks.of_stage.start else b""
+    return {
+        name: placement
+        for part in ranks.gather_bytes(told)
+        if part.size
+        for name, placement in json.loads(part.tobytes()).items()
     }
-    columns = [(block[1].start, block[1].stop) for block in blocks] if tensor.ndim > 1 else []
+
+
+def _placement(tensor: torch.Tensor, ranks: Ranks) -> dict[str, Any]:
+    """Which part stands in the file of each rank, as a manifest says it."""
+    rows: list[tuple[int, int]] = []
+    columns: list[tuple[int, int]] = []
+    for rank in range(ranks.world_size):
+        is_here = rank in ranks.of_stage
+        block = block_of(tensor, rank) if is_here else tuple(slice(0, size) for size in tensor.shape)
+        is_written = is_here and _is_written(tensor, rank)
+        first = (block[0].start, block[0].stop) if block else (0, 1)
+        rows.append(first if is_written else (0, 0))
+        columns += [(each.start, each.stop) for each in block[1:2]]
+    entry: dict[str, Any] = {"shape": list(tensor.shape), "rows": rows}
     if any(each != (0, tensor.shape[1]) for each in columns):
         entry["columns"] = columns
     return entry

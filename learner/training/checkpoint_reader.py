@@ -45,7 +45,7 @@ class CheckpointReader:
         """A part of a tensor; all of a scalar."""
         entry = self.tensors[name]
         if not entry["shape"]:
-            scalar: torch.Tensor = self._files[0].get_tensor(name)
+            scalar: torch.Tensor = self._file_of(name).get_tensor(name)
             return scalar
         whole: torch.Tensor | None = None
         for file, written in zip(self._files, _blocks(entry), strict=True):
@@ -57,6 +57,11 @@ class CheckpointReader:
                     whole = part.new_empty([each.stop - each.start for each in block])
                 whole[common[0]] = part
         return torch.zeros([each.stop - each.start for each in block]) if whole is None else whole
+
+    def _file_of(self, scalar: str) -> Any:
+        """One that has it."""
+        written = (index for index, rows in enumerate(self.tensors[scalar]["rows"]) if tuple(rows) != (0, 0))
+        return self._files[next(written)]
 
     def full(self, name: str) -> torch.Tensor:
         return self.block(name, tuple(slice(0, size) for size in self.tensors[name]["shape"]))

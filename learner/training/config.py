@@ -131,6 +131,9 @@ class TrainingConfig:
     tensor_ranks: int = 1
     """Ranks that share each matrix of the policy, and the tokens in between: for layers that one rank's memory
     is too small for."""
+    pipeline_ranks: int = 1
+    """Stages, of num_ranks / pipeline_ranks ranks each, that have consecutive blocks of the policy: rows go through
+    them one after the other. What is above divides a stage's ranks."""
     device: Device = Device.AUTO
     precision: Precision = Precision.FLOAT32
     row_tokens: int = 4096
@@ -169,7 +172,7 @@ class TrainingConfig:
             raise ConfigError(f"training.rows_per_pass is {self.rows_per_pass}; expected at least 1")
 
     def _check_layout(self) -> None:
-        for name in ("num_replicas", "context_ranks", "tensor_ranks"):
+        for name in ("num_replicas", "context_ranks", "tensor_ranks", "pipeline_ranks"):
             value = getattr(self, name)
             if value < 1 or self.num_ranks % value:
                 raise ConfigError(
@@ -177,8 +180,16 @@ class TrainingConfig:
                 )
         for name in ("num_replicas", "context_ranks"):
             value = getattr(self, name)
-            if self.num_ranks % (value * self.tensor_ranks):
+            if self.num_ranks % (value * self.tensor_ranks * self.pipeline_ranks):
+                others = f"tensor_ranks {self.tensor_ranks}"
+                if self.pipeline_ranks > 1:
+                    others += f" and pipeline_ranks {self.pipeline_ranks}"
                 raise ConfigError(
-                    f"training.{name} is {value} and tensor_ranks {self.tensor_ranks}; expected a product that "
-                    f"divides num_ranks, which is {self.num_ranks}"
+                    f"training.{name} is {value} and {others}; expected a product that divides num_ranks, which is "
+                    f"{self.num_ranks}"
                 )
+        if self.pipeline_ranks > 1 and (self.tensor_ranks > 1 or self.lora.rank):
+            raise ConfigError(
+                f"training.pipeline_ranks is {self.pipeline_ranks}, tensor_ranks {self.tensor_ranks} and lora.rank "
+                f"{self.lora.rank}: stages divide neither matrices nor adapters; set one of them back"
+            )

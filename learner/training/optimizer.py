@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from learner.training.config import OptimizerConfig, Schedule
-from learner.training.parallel import whole
+from learner.training.parallel import local, whole
+from learner.training.pipeline import Stage
+from learner.training.policy import Policy
 
 
 def learning_rate(config: OptimizerConfig, *, step: int, num_steps: int) -> float:
@@ -45,7 +47,21 @@ def make_optimizer(policy: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
 def clip_gradients(policy: nn.Module, *, max_norm: float) -> torch.Tensor:
     """Scales gradients down to a global norm; returns the norm before that, which may not be finite."""
+    if isinstance(policy, Policy) and policy.stage is not None:
+        return _clip_with_other_stages(policy, policy.stage, max_norm)
     return whole(nn.utils.clip_grad_norm_(policy.parameters(), max_norm, foreach=True))
+
+
+def _clip_with_other_stages(policy: Policy, stage: Stage, max_norm: float) -> torch.Tensor:
+    gradients = {name: p.grad for name, p in policy.causal_lm.named_parameters() if p.grad is not None}
+    if stage.tied is not None:
+        stage.add_tied(local(gradients[stage.tied]))
+    own = whole(
+        nn.utils.get_total_norm([g for name, g in gradients.items() if stage.owns(name)], foreach=True)
+    )
+    norm = stage.total(own.square()).sqrt()
+    torch._foreach_mul_([local(g) for g in gradients.values()], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 def step_if(optimizer: torch.optim.Optimizer, is_finite: torch.Tensor, *, learning_rate: float) -> None:

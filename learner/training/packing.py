@@ -72,6 +72,8 @@ class PackedRow:
     """[S] int64: the sampled tokens."""
     forest: Forest | None = None
     """What its sequences have in common, where that is worth computing once."""
+    hidden_1TH: torch.Tensor | None = None
+    """What other ranks' blocks made of it, where the policy's first blocks are not on this rank."""
 
     @property
     def device(self) -> torch.device:

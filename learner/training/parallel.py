@@ -14,8 +14,10 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import nn
 from torch._C._distributed_c10d import FileStore, HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -34,6 +36,7 @@ from learner.training.context import ContextGroup
 from learner.training.cpu import use_fast_float32
 from learner.training.deferred import fill
 from learner.training.launch import RENDEZVOUS_VARIABLE
+from learner.training.pipeline import PipelineGroup, open_pipeline, split
 from learner.training.policy import Policy, RowForm
 from learner.training.tensor_parallel import TensorGroup, divide
 from penstock.errors import ConfigError
@@ -58,6 +61,8 @@ class Ranks:
     """The ranks that hold the same rows as this one, a slice of the tokens each."""
     tensor: TensorGroup | None = None
     """The ranks that hold the same rows as this one, and a share of each matrix."""
+    pipeline: PipelineGroup | None = None
+    """The ranks that hold the same rows as this one, and other blocks."""
     offload: bool = False
     """Parameters, gradients and the optimiser's state wait in host memory, and the optimiser runs there."""
 
@@ -68,17 +73,23 @@ class Ranks:
     @property
     def num_shares(self) -> int:
         """How many ranks, or groups of ranks, have rows of their own."""
-        return self.world_size // self._share_size
+        return self._stage_size // self._share_size
 
     @property
     def share(self) -> int:
         """Which of them this rank belongs to."""
-        return self.rank // self._share_size
+        return self.rank % self._stage_size // self._share_size
+
+    @property
+    def of_stage(self) -> range:
+        """The ranks that have the same blocks as this one, or shards of them."""
+        first = self.rank // self._stage_size * self._stage_size
+        return range(first, first + self._stage_size)
 
     @property
     def num_averaged(self) -> int:
         """How many ranks' gradients FSDP2 takes the mean of: all but those that share a matrix."""
-        return self.world_size // (self.tensor.size if self.tensor else 1)
+        return self._stage_size // (self.tensor.size if self.tensor else 1)
 
     @property
     def keeps_weights(self) -> bool:
@@ -86,12 +97,17 @@ class Ranks:
         return self.mesh is not None and self.mesh.size() == 1 and not self.offload
 
     @property
+    def _stage_size(self) -> int:
+        return self.world_size // (len(self.pipeline.ranks) if self.pipeline else 1)
+
+    @property
     def _share_size(self) -> int:
         return (self.context.size if self.context else 1) * (self.tensor.size if self.tensor else 1)
 
     def sum_of_shares(self, values: torch.Tensor) -> torch.Tensor:
-        """Adds what each share measured on its rows; the ranks of a share measured the same."""
-        return self.sum(values) / (self.world_size // self.num_shares)
+        """Adds what each share measured on its rows; the ranks of a share measured the same, or on all stages but
+        the last nothing."""
+        return self.sum(values) / self._share_size
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Adds a tensor over all ranks; every rank gets the total."""
@@ -108,6 +124,13 @@ class Ranks:
         parts = [torch.empty_like(values) for _ in range(self.world_size)]
         dist.all_gather(parts, values)
         return parts
+
+    def gather_bytes(self, data: bytes) -> list[NDArray[np.uint8]]:
+        """Every rank's, of any length, in rank order."""
+        sizes = [int(size) for size in self.gather(torch.tensor([len(data)]))]
+        padded = torch.zeros(max(1, *sizes), dtype=torch.uint8)
+        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else 0
+        return [part[:size].numpy() for part, size in zip(self.gather(padded), sizes, strict=True)]
 
     def barrier(self) -> None:
         """Waits until every rank is here; bounded by COLLECTIVE_TIMEOUT_SECONDS."""
@@ -131,6 +154,7 @@ def open_ranks(
     num_replicas: int = 1,
     context_ranks: int = 1,
     tensor_ranks: int = 1,
+    pipeline_ranks: int = 1,
     cpu_offload: bool = False,
 ) -> Ranks:
     """Joins the other ranks as the environment says: RANK, WORLD_SIZE, LOCAL_RANK. Raises ConfigError.
@@ -138,13 +162,14 @@ def open_ranks(
     num_replicas: whole copies of the policy, each sharded over a part of the ranks.
     context_ranks: neighbouring ranks, or neighbouring groups of tensor_ranks, that hold one row together.
     tensor_ranks: neighbouring ranks that share each matrix.
+    pipeline_ranks: stages, each of neighbouring ranks, that have consecutive blocks.
     cpu_offload: keeps what is not being computed with in host memory; on a CPU it is there anyway.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     where = _local_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if where.type == "cpu":
         use_fast_float32()
-    mesh = context = tensor = None
+    mesh = context = tensor = pipeline = None
     if cpu_offload and where.type == "cpu":
         _log.warning(
             "training.cpu_offload makes no difference: there is no GPU, and all is on the CPU already"
@@ -152,8 +177,9 @@ def open_ranks(
     offload = cpu_offload and where.type != "cpu"
     if world_size > 1 or precision is Precision.BFLOAT16 or offload:
         _join(rank, world_size, where)
-        mesh, tensor = _parameter_meshes(where.type, world_size, num_replicas, tensor_ranks)
+        mesh, tensor = _parameter_meshes(where.type, world_size, num_replicas, tensor_ranks, pipeline_ranks)
         context = _context_group(where.type, world_size, context_ranks, tensor_ranks)
+        pipeline = open_pipeline(rank, world_size, pipeline_ranks, timeout_seconds=COLLECTIVE_TIMEOUT_SECONDS)
     return Ranks(
         rank=rank,
         world_size=world_size,
@@ -161,21 +187,26 @@ def open_ranks(
         mesh=mesh,
         context=context,
         tensor=tensor,
+        pipeline=pipeline,
         offload=offload,
     )
 
 
 def _parameter_meshes(
-    device_type: str, world_size: int, num_replicas: int, tensor_ranks: int
+    device_type: str, world_size: int, num_replicas: int, tensor_ranks: int, pipeline_ranks: int
 ) -> tuple[DeviceMesh, TensorGroup | None]:
     """What parameters are sharded over, and what matrices are divided over first."""
     sizes = {
+        "stage": pipeline_ranks,
         "replicate": num_replicas,
-        "shard": world_size // (num_replicas * tensor_ranks),
+        "shard": world_size // (num_replicas * tensor_ranks * pipeline_ranks),
         "tensor": tensor_ranks,
     }
     names = tuple(name for name, size in sizes.items() if size > 1 or name == "shard")
     mesh = init_device_mesh(device_type, tuple(sizes[name] for name in names), mesh_dim_names=names)
+    if pipeline_ranks > 1:
+        names = names[1:]
+        mesh = mesh[names]
     if tensor_ranks == 1:
         return mesh, None
     # It advises on what two divisions of one tensor cost, which is known.
@@ -236,6 +267,8 @@ def place(policy: Policy, ranks: Ranks, precision: Precision, *, compiled: bool 
     compute = torch.bfloat16 if precision is Precision.BFLOAT16 else torch.float32
     _store_frozen(policy, compute)
     _give_groups(policy, ranks)
+    if ranks.pipeline is not None:
+        policy.stage = split(policy, ranks.pipeline, compute)
     blocks = _blocks(policy.causal_lm)
     attention.prepare(ranks.device)
     if compiled:
@@ -296,8 +329,8 @@ def reshard(policy: Policy) -> None:
             module.reshard()
 
 
-def accumulate(policy: Policy, ranks: Ranks, *, is_last: bool) -> None:
-    """Call before each row of an update. A rank that keeps its compute copies adds gradients up until the last."""
+def accumulate(policy: Policy, ranks: Ranks, is_last: bool) -> None:
+    """Call before each row's backward pass. A rank that keeps its compute copies adds gradients up until the last."""
     if isinstance(policy, FSDPModule) and ranks.keeps_weights:
         policy.set_requires_gradient_sync(is_last)
         policy.set_reshard_after_backward(is_last)

@@ -13,7 +13,7 @@ import logging
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,6 +27,9 @@ from learner.training.prefixes import take
 from learner.training.tensor_parallel import TensorGroup
 from learner.training.vocabulary import shared_token_logprobs
 from penstock.errors import ConfigError
+
+if TYPE_CHECKING:
+    from learner.training.pipeline import Stage
 
 _log = logging.getLogger(__name__)
 
@@ -82,18 +85,33 @@ class Policy(nn.Module):
         """Who else holds tokens of each row."""
         self.tensor: TensorGroup | None = None
         """Who else holds parts of each matrix."""
+        self.stage: Stage | None = None
+        """Which blocks are here, where other ranks have others."""
         self.source: Source | None = None
         """What is still to be read into parameters on the meta device."""
 
-    def forward(self, row: PackedRow, *, temperature: float) -> TokenScores:
-        """Scores every sampled token of one row under softmax(logits / temperature)."""
+    def forward(self, row: PackedRow, *, temperature: float) -> TokenScores | torch.Tensor:
+        """Scores every sampled token of one row under softmax(logits / temperature).
+
+        On a stage that is not the last: the hidden states [1, T, H] that the next one begins with.
+        """
         row = self._nodes_of(row)
+        if self.stage is not None and not self.stage.group.is_last:
+            part = self._part_of(row)
+            return self._hidden(part, self._layout(part))[None]
         if self.context is None:
             logprobs_S, entropy_S = self._score(row, temperature)
         else:
             parts = self._score(self.context.slice_of(row), temperature)
             logprobs_S, entropy_S = (self.context.join(part, row) for part in parts)
         return TokenScores(logprobs_S=logprobs_S, entropy_S=entropy_S)
+
+    def num_hidden(self, row: PackedRow) -> int:
+        """Of how many tokens this rank has the row's hidden states."""
+        return self._part_of(self._nodes_of(row)).token_ids_T.numel()
+
+    def _part_of(self, row: PackedRow) -> PackedRow:
+        return row if self.context is None else self.context.slice_of(row)
 
     @property
     def _num_slices(self) -> int:
@@ -133,8 +151,10 @@ class Policy(nn.Module):
 
     def _run(self, module: nn.Module, row: PackedRow, layout: RowLayout, output: str) -> torch.Tensor:
         if self.evaluation.form is RowForm.PACKED:
+            begun = row.hidden_1TH is not None
             outputs = module(
-                input_ids=row.token_ids_T[None],
+                input_ids=None if begun else row.token_ids_T[None],
+                inputs_embeds=row.hidden_1TH,
                 position_ids=row.positions_T[None],
                 use_cache=False,
                 row_layout=layout,

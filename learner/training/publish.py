@@ -65,14 +65,14 @@ class Publisher:
 
         Raises PenstockError for weights that are not finite.
         """
-        refuse_non_finite(version, published_tensors(self._policy), self._ranks)
+        names = None if self._policy.stage is None else list(self._policy.stage.owners)
+        refuse_non_finite(version, published_tensors(self._policy), self._ranks, names=names)
         wanted = bool(self._ranks.maximum(torch.tensor([int(self.deltas_wanted)])))
         if wanted and self._shards.is_ready:
             delta = self._shards.gather(self._tensors(), _DTYPES[self._dtype])
             return self._sink.write_delta(version, delta) if self._sink is not None else None
         tensors = []
-        for name, tensor in self._tensors():
-            full = whole(tensor)
+        for name, full in self._gathered():
             if self._sink is not None:
                 tensors.append(to_host(name, full))
         if wanted:
@@ -81,6 +81,15 @@ class Publisher:
             self._shards.forget()
         return self._sink.write(version, tensors, with_delta=wanted) if self._sink is not None else None
 
+    def _gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Whole tensors; rank 0 gets all of them."""
+        stage = self._policy.stage
+        if stage is not None:
+            yield from stage.collect(dict(self._tensors()))
+            return
+        for name, tensor in self._tensors():
+            yield name, whole(tensor)
+
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """In the precision that is published."""
         for name, tensor in published_tensors(self._policy):
@@ -88,16 +97,25 @@ class Publisher:
 
 
 def refuse_non_finite(
-    version: PolicyVersion, named: Iterable[tuple[str, torch.Tensor]], ranks: Ranks
+    version: PolicyVersion,
+    named: Iterable[tuple[str, torch.Tensor]],
+    ranks: Ranks,
+    *,
+    names: Sequence[str] | None = None,
 ) -> None:
-    """Raises PenstockError, on every rank, if any rank's part of a tensor is not finite."""
-    tensors = [(name, local(tensor)) for name, tensor in named]
-    finite = torch.stack([torch.isfinite(tensor).all() for _, tensor in tensors]).to(torch.int64).cpu()
+    """Raises PenstockError, on every rank, if any rank's part of a tensor is not finite.
+
+    names: of the tensors of all ranks, where not every rank has a part of each.
+    """
+    own = {name: torch.isfinite(local(tensor)).all() for name, tensor in named}
+    names = list(own) if names is None else names
+    fine = torch.ones((), dtype=torch.bool, device=ranks.device)
+    finite = torch.stack([own.get(name, fine) for name in names]).to(torch.int64).cpu()
     bad = ranks.maximum(1 - finite).tolist()
-    names = [name for (name, _), is_bad in zip(tensors, bad, strict=True) if is_bad]
-    if names:
+    found = [name for name, is_bad in zip(names, bad, strict=True) if is_bad]
+    if found:
         raise PenstockError(
-            f"version {version} is not published: {len(names)} tensors are not finite, such as {names[0]}; "
+            f"version {version} is not published: {len(found)} tensors are not finite, such as {found[0]}; "
             "start again to go on from the newest checkpoint, with a lower learning rate"
         )
 

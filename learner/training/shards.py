@@ -47,7 +47,8 @@ class ShardDeltas:
         tensors: by name, in the order of publication, in the dtype that is published.
         """
         named = list(tensors)
-        divided = self._ranks.world_size > 1 and all(_rows_of(tensor) is not None for _, tensor in named)
+        has_all = self._ranks.world_size > 1 and self._ranks.pipeline is None
+        divided = has_all and all(_rows_of(tensor) is not None for _, tensor in named)
         self._published = self._pieces(named, dtype) if divided else None
 
     def forget(self) -> None:
@@ -68,15 +69,7 @@ class ShardDeltas:
                     encoder.encode(where.start, old.data[local].view(words), new.data[local].view(words))
                 )
         self._published = pieces
-        return merge(self._exchange(b"".join(frames)))
-
-    def _exchange(self, encoded: bytes) -> list[NDArray[np.uint8]]:
-        """Every rank's bytes, in rank order."""
-        sizes = [int(size) for size in self._ranks.gather(torch.tensor([len(encoded)]))]
-        padded = torch.zeros(max(1, *sizes), dtype=torch.uint8)
-        padded[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8) if encoded else 0
-        parts = self._ranks.gather(padded)
-        return [part[:size].numpy() for part, size in zip(parts, sizes, strict=True)]
+        return merge(self._ranks.gather_bytes(b"".join(frames)))
 
     def _pieces(self, named: list[tuple[str, torch.Tensor]], dtype: str) -> list[Piece]:
         entries, _ = plan_shapes((name, dtype, tuple(tensor.shape)) for name, tensor in named)

@@ -122,6 +122,7 @@ def join_ranks(training: TrainingConfig) -> Ranks:
         num_replicas=training.num_replicas,
         context_ranks=training.context_ranks,
         tensor_ranks=training.tensor_ranks,
+        pipeline_ranks=training.pipeline_ranks,
         cpu_offload=training.cpu_offload,
     )
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from learner.algorithms.sums import Sums, add_sums
 from learner.training.optimizer import clip_gradients, step_if
 from learner.training.packing import PackedRow, TokenSequence, join_rows, pack, plan_rows, siblings
 from learner.training.parallel import Ranks, accumulate, local, reshard
+from learner.training.pipeline import score_rows, train_rows
 from learner.training.policy import Policy, TokenScores
 from learner.training.transfer import HostCopy, to_device
 
@@ -59,18 +61,14 @@ class Updater:
         self._rows_per_pass = rows_per_pass
         self._max_grad_norm = max_grad_norm
         self._temperature = temperature
-        self._hidden_size: int = policy.causal_lm.get_input_embeddings().weight.shape[1]
+        self._hidden_size: int = policy.causal_lm.config.get_text_config().hidden_size
 
     def update(
         self, sequences: Sequence[TokenSequence], objective: Objective, *, learning_rate: float
     ) -> UpdateReport:
         """One optimiser update on all sequences. Nothing changes if loss or gradient is not finite."""
         rows = self._rows(sequences)
-        parts = []
-        for index, row in enumerate(rows):
-            accumulate(self.policy, self.ranks, is_last=index + 1 == len(rows))
-            parts.append(self._backward(row, objective))
-        names, totals = self._totals(add_sums(parts))
+        names, totals = self._totals(add_sums(self._pass(rows, objective)))
         grad_norm = clip_gradients(self.policy, max_norm=self._max_grad_norm).to(totals)
         measured = HostCopy(torch.cat([totals, grad_norm[None]]))
         is_finite = totals[names.index("loss_sum")].isfinite() & grad_norm.isfinite()
@@ -86,11 +84,10 @@ class Updater:
         starts = ends - [sequence.num_sampled for sequence in sequences]
         scores = torch.zeros(int(ends[-1]), dtype=torch.float32, device=self.ranks.device)
         with torch.no_grad():
-            for row in self._rows(sequences):
-                logprobs_S = self.policy(row, temperature=self._temperature).logprobs_S
+            for row, found in self._scored(self._rows(sequences)):
                 where = [np.arange(starts[member], ends[member]) for member in row.members]
                 if where:
-                    scores[to_device(np.concatenate(where), row.device)] = logprobs_S
+                    scores[to_device(np.concatenate(where), row.device)] = found.logprobs_S
         reshard(self.policy)
         flat = self.ranks.sum_of_shares(scores).cpu().numpy()
         return [flat[start:end] for start, end in zip(starts, ends, strict=True)]
@@ -108,11 +105,34 @@ class Updater:
         passes = join_rows(plan[self.ranks.share], rows_per_pass=self._rows_per_pass)
         return [pack(sequences, members, self.ranks.device) for members in passes]
 
-    def _backward(self, row: PackedRow, objective: Objective) -> Sums:
-        loss, sums = objective(row, self.policy(row, temperature=self._temperature))
-        # FSDP averages gradients over its ranks; the loss's normaliser is global already.
-        torch.autograd.backward(loss * self.ranks.num_averaged)
-        return {**sums, "loss_sum": loss}
+    def _pass(self, rows: Sequence[PackedRow], objective: Objective) -> list[Sums]:
+        """Forward and backward passes of all rows; what each measured."""
+
+        def loss_of(row: PackedRow, scores: TokenScores) -> tuple[torch.Tensor, Sums]:
+            loss, sums = objective(row, scores)
+            # FSDP averages gradients over its ranks; the loss's normaliser is global already.
+            return loss * self.ranks.num_averaged, {**sums, "loss_sum": loss}
+
+        accumulates = partial(accumulate, self.policy, self.ranks)
+        if self.policy.stage is not None:
+            return train_rows(
+                self.policy, rows, temperature=self._temperature, loss_of=loss_of, before_backward=accumulates
+            )
+        parts = []
+        for index, row in enumerate(rows):
+            accumulates(index + 1 == len(rows))
+            loss, sums = loss_of(row, self.policy(row, temperature=self._temperature))
+            torch.autograd.backward(loss)
+            parts.append(sums)
+        return parts
+
+    def _scored(self, rows: Sequence[PackedRow]) -> Iterator[tuple[PackedRow, TokenScores]]:
+        """Forward passes alone; on ranks that have the policy's end."""
+        if self.policy.stage is not None:
+            yield from score_rows(self.policy, rows, temperature=self._temperature)
+            return
+        for row in rows:
+            yield row, self.policy(row, temperature=self._temperature)
 
     def _totals(self, sums: Sums) -> tuple[list[str], torch.Tensor]:
         """Names and float64 totals over all ranks, on the device."""

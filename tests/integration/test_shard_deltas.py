@@ -39,6 +39,7 @@ class OnePolicy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.causal_lm = OddShapes()
+        self.stage = None
 
 
 def train(rank: int, folder: str) -> None:

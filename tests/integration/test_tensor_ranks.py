@@ -9,14 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from learner.training.checkpoint import Checkpoints
 from learner.training.checkpoint_reader import CheckpointReader
@@ -31,6 +24,7 @@ from penstock.errors import ConfigError
 from penstock.trajectory import PolicyVersion
 from penstock.weights.version_log import VersionLog
 from tests.layouts import ONE_RANK, assert_alike, meet_at, run_ranks, train
+from tests.tiny_policy import write_family
 
 SIZES = {
     "vocab_size": 51,
@@ -69,17 +63,6 @@ CASES = {
     "half": Case(precision=Precision.BFLOAT16),
     "half adapters": Case(precision=Precision.BFLOAT16, lora=LoraConfig(rank=3)),
 }
-
-
-def write_family(folder: Path, config: PreTrainedConfig) -> None:
-    """Random weights, also where they usually begin at 0 or 1."""
-    torch.manual_seed(0)
-    causal_lm = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in causal_lm.parameters():
-            if parameter.ndim == 1:
-                parameter += 0.2 * torch.randn_like(parameter)
-    causal_lm.save_pretrained(folder)
 
 
 def make_updater(folder: Path, ranks: Ranks, case: Case, precision: Precision = Precision.FLOAT32) -> Updater:

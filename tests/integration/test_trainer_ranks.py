@@ -46,6 +46,7 @@ def write_run(
     num_steps: int = 4,
     algorithm: AlgorithmConfig | None = None,
     tensor_ranks: int = 1,
+    pipeline_ranks: int = 1,
 ) -> RunConfig:
     if not (tmp_path / "policy").exists():
         write_tiny_policy(tmp_path / "policy")
@@ -58,8 +59,9 @@ def write_run(
         schedule=ScheduleConfig(num_steps=num_steps),
         algorithm=algorithm or AlgorithmConfig(updates_per_step=2),
         training=TrainingConfig(
-            num_ranks=tensor_ranks,
+            num_ranks=tensor_ranks * pipeline_ranks,
             tensor_ranks=tensor_ranks,
+            pipeline_ranks=pipeline_ranks,
             device=Device.CPU,
             row_tokens=48,
             optimizer=OptimizerConfig(learning_rate=1e-3),
@@ -122,16 +124,24 @@ def test_two_ranks_give_the_losses_of_one_and_listen_on_loopback_only(tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("preset", "tensor_ranks"),
-    [(Preset.GSPO, 1), (Preset.PPO, 1), (Preset.ONLINE_DPO, 1), (Preset.PPO, 2)],
+    ("preset", "layout"),
+    [
+        (Preset.GSPO, {}),
+        (Preset.PPO, {}),
+        (Preset.ONLINE_DPO, {}),
+        (Preset.PPO, {"tensor_ranks": 2}),
+        (Preset.GSPO, {"pipeline_ranks": 2}),
+        (Preset.DECOUPLED_PPO, {"pipeline_ranks": 2}),
+        (Preset.ONLINE_DPO, {"pipeline_ranks": 2}),
+    ],
 )
 def test_two_ranks_give_the_losses_of_one_with_every_kind_of_loss(
-    tmp_path: Path, preset: Preset, tensor_ranks: int
+    tmp_path: Path, preset: Preset, layout: dict[str, int]
 ) -> None:
-    """Sequence ratios, a critic, and pairs whose answers lie on different ranks; ranks that share matrices."""
+    """Sequence ratios, a critic, and pairs whose answers lie on different ranks; shared matrices; stages."""
     algorithm = AlgorithmConfig(preset=preset, updates_per_step=2)
     with TrainerServer() as server:
-        config = write_run(tmp_path, "two", algorithm=algorithm, tensor_ranks=tensor_ranks)
+        config = write_run(tmp_path, "two", algorithm=algorithm, **layout)
         with trainer(config, server, num_ranks=2) as process:
             _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
