@@ -29,8 +29,10 @@ from harness.report import add_arguments, write
 from harness.training_run import Laboratory, seconds_to
 
 _TRL_SECONDS = 1800.0
-_SLOTS = 128
-"""Of all actors: a step's batch."""
+_DEPTH = 2
+"""Batches that may be under way: one is trained on while the next is generated."""
+_SLOTS = 128 * _DEPTH
+"""Of all actors: for all of those batches."""
 
 
 async def ours(folder: Path, *, seed: int, num_steps: int, target: float, num_actors: int) -> float | None:
@@ -41,6 +43,7 @@ async def ours(folder: Path, *, seed: int, num_steps: int, target: float, num_ac
             num_steps=num_steps,
             num_actors=num_actors,
             num_slots=_SLOTS // num_actors,
+            pipeline_depth=_DEPTH,
             algorithm='preset = "grpo"\n',
         )
     waits, steps = (sum(getattr(s, name) for s in run.steps) for name in ("wait_seconds", "step_seconds"))
