@@ -14,6 +14,17 @@ CHARACTERS = string.digits + string.ascii_lowercase + " +-*/=.,:?!\n"
 VOCAB_SIZE = 3 + len(CHARACTERS)
 EOS_ID = 1
 
+SIZES = {
+    "vocab_size": 51,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
+"""Of policies of any family, which ranks can share."""
+
 ADAM_EPS = 1e-6
 """Larger than rounding, so that Adam does not make steps of what is left of gradients of 0."""
 

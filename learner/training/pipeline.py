@@ -281,33 +281,21 @@ def split(policy: Policy, group: PipelineGroup, dtype: torch.dtype) -> Stage:
     """
     causal_lm, num_stages = policy.causal_lm, len(group.ranks)
     _refuse_indivisible(policy, num_stages)
-    base = causal_lm.base_model
-    num_blocks = len(base.layers)
-    bounds = [num_blocks * stage // num_stages for stage in range(num_stages + 1)]
+    base, last = causal_lm.base_model, num_stages - 1
     is_tied = causal_lm.get_output_embeddings().weight is causal_lm.get_input_embeddings().weight
-    modules = {id(base.embed_tokens): 0, id(base.norm): num_stages - 1}
-    modules |= {
-        id(block): stage
-        for stage in range(num_stages)
-        for block in base.layers[bounds[stage] : bounds[stage + 1]]
-    }
-    if not is_tied:
-        modules[id(causal_lm.lm_head)] = num_stages - 1
+    bounds = [len(base.layers) * stage // num_stages for stage in range(num_stages + 1)]
+    stages = {base.embed_tokens: 0, base.norm: last, causal_lm.lm_head: last}
+    for stage in range(num_stages):
+        stages |= dict.fromkeys(base.layers[bounds[stage] : bounds[stage + 1]], stage)
+    parts = {name: module for name, module in causal_lm.named_modules() if module in stages}
     owners, shapes = {}, {}
-    prefixes = {
-        name: modules[id(module)] for name, module in causal_lm.named_modules() if id(module) in modules
-    }
     for name, parameter in causal_lm.named_parameters():
-        owners[name] = next(stage for prefix, stage in prefixes.items() if name.startswith(f"{prefix}."))
+        owners[name] = next(stages[module] for part, module in parts.items() if name.startswith(f"{part}."))
         shapes[name] = parameter.shape
-    for index in range(num_blocks):
-        if not bounds[group.stage] <= index < bounds[group.stage + 1]:
-            base.layers[index] = _Elsewhere()
-    if not group.is_last:
-        base.norm = _Elsewhere()
-        causal_lm.lm_head = _Elsewhere()
-    if not group.is_first and not (is_tied and group.is_last):
-        base.embed_tokens = _Elsewhere()
+    kept = {base.embed_tokens} if is_tied and group.is_last else set()
+    for part, module in parts.items():
+        if stages[module] != group.stage and module not in kept:
+            causal_lm.set_submodule(part, _Elsewhere())
     return Stage(
         group=group,
         dtype=dtype,

@@ -72,7 +72,7 @@ class Publisher:
             delta = self._shards.gather(self._tensors(), _DTYPES[self._dtype])
             return self._sink.write_delta(version, delta) if self._sink is not None else None
         tensors = []
-        for name, full in self._gathered():
+        for name, full in gathered(self._policy, self._tensors()):
             if self._sink is not None:
                 tensors.append(to_host(name, full))
         if wanted:
@@ -80,15 +80,6 @@ class Publisher:
         else:
             self._shards.forget()
         return self._sink.write(version, tensors, with_delta=wanted) if self._sink is not None else None
-
-    def _gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Whole tensors; rank 0 gets all of them."""
-        stage = self._policy.stage
-        if stage is not None:
-            yield from stage.collect(dict(self._tensors()))
-            return
-        for name, tensor in self._tensors():
-            yield name, whole(tensor)
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """In the precision that is published."""
@@ -146,10 +137,22 @@ def trained_tensors(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, parameter.detach()
 
 
+def gathered(policy: Policy, named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole tensors; rank 0 gets those of all stages. A collective.
+
+    named: of the policy, those of this rank's stage.
+    """
+    if policy.stage is not None:
+        yield from policy.stage.collect(dict(named))
+        return
+    for name, tensor in named:
+        yield name, whole(tensor)
+
+
 def full_tensors(policy: Policy, ranks: Ranks) -> dict[str, torch.Tensor]:
     """The whole policy with its adapters merged, by the model's own names. A collective: only rank 0's is whole."""
-    gathered = ((name, whole(tensor)) for name, tensor in published_tensors(policy))
-    tensors = {name: tensor.cpu() for name, tensor in gathered if ranks.is_first}
+    full = gathered(policy, published_tensors(policy))
+    tensors = {name: tensor.cpu() for name, tensor in full if ranks.is_first}
     if policy.adapters is None or not ranks.is_first:
         return tensors
     parts = parts_of(tensors.items())

@@ -47,8 +47,9 @@ class ShardDeltas:
         tensors: by name, in the order of publication, in the dtype that is published.
         """
         named = list(tensors)
-        has_all = self._ranks.world_size > 1 and self._ranks.pipeline is None
-        divided = has_all and all(_rows_of(tensor) is not None for _, tensor in named)
+        # A stage has other tensors than the next: where they lie in the version, it cannot tell.
+        alike = self._ranks.world_size > 1 and self._ranks.pipeline is None
+        divided = alike and all(_rows_of(tensor) is not None for _, tensor in named)
         self._published = self._pieces(named, dtype) if divided else None
 
     def forget(self) -> None:

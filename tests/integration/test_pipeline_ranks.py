@@ -26,20 +26,12 @@ from penstock.errors import ConfigError, PenstockError
 from penstock.trajectory import PolicyVersion
 from penstock.weights.version_log import VersionLog
 from tests.layouts import ONE_RANK, Layout, assert_alike, make_sequences, meet_at, run_ranks, train
-from tests.tiny_policy import write_family
+from tests.tiny_policy import SIZES, write_family
 
-SIZES = {
-    "vocab_size": 51,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-}
+DEEP = SIZES | {"num_hidden_layers": 5}
 FAMILIES: dict[str, PreTrainedConfig] = {
-    "untied": LlamaConfig(**SIZES, attention_bias=True, pad_token_id=4),
-    "tied": Qwen3Config(**SIZES, tie_word_embeddings=True, head_dim=8),
+    "untied": LlamaConfig(**DEEP, attention_bias=True, pad_token_id=4),
+    "tied": Qwen3Config(**DEEP, tie_word_embeddings=True, head_dim=8),
 }
 TWO, FOUR = Layout(pipeline_ranks=2), Layout(pipeline_ranks=4)
 

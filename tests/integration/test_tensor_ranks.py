@@ -24,17 +24,8 @@ from penstock.errors import ConfigError
 from penstock.trajectory import PolicyVersion
 from penstock.weights.version_log import VersionLog
 from tests.layouts import ONE_RANK, assert_alike, meet_at, run_ranks, train
-from tests.tiny_policy import write_family
+from tests.tiny_policy import SIZES, write_family
 
-SIZES = {
-    "vocab_size": 51,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-}
 FAMILIES = {
     "llama": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True, pad_token_id=4),
     "mistral": MistralConfig(**SIZES, sliding_window=7),
