@@ -54,6 +54,7 @@ PROMPT = np.arange(10, 26, dtype=np.int32)
 NUM_VERSIONS = 3
 """More than the engine's segments, so that each install has to be prepared."""
 WARM_UP_SECONDS = 3.0
+FIRST_TOKENS_SECONDS = 300.0
 
 
 def policy_config() -> Qwen3Config:
@@ -116,6 +117,7 @@ async def measure_ours(folder: Path, manifests: list[Manifest], *, rounds: int, 
         for _ in range(NUM_VERSIONS):
             await install(engine, fetcher, next(versions))
         async with decoding(engine):
+            await first_tokens(engine)
             await asyncio.sleep(WARM_UP_SECONDS)
             for _ in range(rounds):
                 without = await rate(engine, seconds)
@@ -176,6 +178,14 @@ async def decoding(engine: VllmEngine) -> AsyncIterator[None]:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
+
+
+async def first_tokens(engine: VllmEngine) -> None:
+    """Waits for them: what the engine compiles on its first run on a machine takes a minute."""
+    deadline = time.perf_counter() + FIRST_TOKENS_SECONDS
+    while not await rate(engine, 0.1):
+        if time.perf_counter() > deadline:
+            raise SystemExit(f"the engine made no token in {FIRST_TOKENS_SECONDS:.0f} s")
 
 
 async def rate(engine: VllmEngine, seconds: float) -> float:

@@ -38,7 +38,7 @@ from harness.report import add_arguments, write
 from numpy.typing import NDArray
 
 from penstock.codec import manifest_from_wire, manifest_to_wire
-from penstock.memory import collect_rarely, keep_chunks
+from penstock.memory import collect_rarely, keep_arrays, keep_chunks
 from penstock.trajectory import PolicyVersion
 from penstock.v1 import weights_pb2
 from penstock.weights.catching_up import Chain
@@ -270,7 +270,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--megabytes", type=int, default=128)
+    parser.add_argument(
+        "--megabytes", type=int, default=420, help="of a version: 210M parameters in bfloat16"
+    )
     parser.add_argument("--gbit", type=float, default=1.0, help="rate of the link on which actors join")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--role", choices=("learner", "actor"), help=argparse.SUPPRESS)
@@ -281,6 +283,9 @@ def main() -> None:
     # As an exception it ends the namespaces and the segments too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if arguments.role == "learner":
+        # As the coordinator's process does.
+        keep_arrays()
+        collect_rarely()
         Learner(num_bytes, arguments.folder).run()
     elif arguments.role == "actor":
         # As an actor's process does.
