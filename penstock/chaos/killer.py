@@ -44,7 +44,7 @@ class Kill:
 
 
 class Killer:
-    """A Disturbance. Begins once the policy's accuracy before training is measured."""
+    """A Disturbance. Kills the first once the policy's accuracy before training is measured: a run may be short."""
 
     def __init__(
         self,
@@ -66,17 +66,22 @@ class Killer:
         self._say = say
         self._clock = clock
         self._began: float | None = None
-        self._due = 0.0
+        self._looked = self._due = 0.0
         self._step = 0
 
+    @property
+    def was_cut_short(self) -> bool:
+        """Whether the run ended before the time was up."""
+        return self._began is None or self._looked - self._began < self._seconds
+
     async def look(self, status: pb.GetStatusResponse | None) -> None:
-        now = self._clock()
+        self._looked = now = self._clock()
         if status is not None:
             self._note(status.version.step, now)
         if self._began is None:
             if not self._may_begin():
                 return
-            self._began, self._due = now, now + self._every_seconds
+            self._began = self._due = now
         is_over = now - self._began > self._seconds
         if is_over or now < self._due or status is None:
             return

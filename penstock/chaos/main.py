@@ -81,7 +81,13 @@ async def _run(config: ChaosConfig, folder: Path, display: Display) -> Report | 
         )
         quickstart.disturbance = killer
         summary = await unless_stopped(quickstart.run(), stop, name="chaos")
-    return None if summary is None else verify(folder, histories, summary, killer.kills)
+    if summary is None:
+        return None
+    if killer.was_cut_short:
+        display.say(
+            f"the run ended before the {config.minutes:g} min of kills were over; --steps makes it longer"
+        )
+    return verify(folder, histories, summary, killer.kills)
 
 
 def _conclude(report: Report, config: ChaosConfig, console: Console) -> int:

@@ -57,7 +57,7 @@ _QUEUE_MESSAGES = 2 * MAX_REQUESTS
 _COPIED_BYTES = 64 * 1024
 """A smaller chunk is copied sooner than ZeroMQ's threads have agreed on when its memory is free again.
 
-The memory for a copy of a larger one is found and zeroed anew each time, which takes longer than all else.
+The memory for a copy of a larger one is found and zeroed anew each time, which takes longer than that.
 """
 _POLL_MILLISECONDS = 100
 _MAX_REQUEST_BYTES = 4096
