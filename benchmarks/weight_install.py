@@ -15,6 +15,7 @@ Names:
     throughput_ratio            tokens/s with an install every second by tokens/s without
     prepare_ms                  from the announcement to where the switch begins
     decode_over_packed          tokens/s of our engine, whose weights are not packed, by the peer's
+    throughput_ratio_low, throughput_ratio_high  the quartiles of its rounds
 Medians; the ratios of throughput are of windows that take turns.
 """
 
@@ -119,14 +120,22 @@ async def measure_ours(folder: Path, manifests: list[Manifest], *, rounds: int, 
         async with decoding(engine):
             await first_tokens(engine)
             await asyncio.sleep(WARM_UP_SECONDS)
-            for _ in range(rounds):
-                without = await rate(engine, seconds)
-                with_installs, _ = await asyncio.gather(
+
+            async def with_installs() -> float:
+                tokens_per_second, _ = await asyncio.gather(
                     rate(engine, seconds),
                     install_every_second(engine, fetcher, versions, measured, seconds),
                 )
+                return tokens_per_second
+
+            for number in range(rounds):
+                # Neither kind of window is always the first of its round.
+                if number % 2:
+                    installing, without = await with_installs(), await rate(engine, seconds)
+                else:
+                    without, installing = await rate(engine, seconds), await with_installs()
                 measured.without.append(without)
-                measured.ratios.append(with_installs / without)
+                measured.ratios.append(installing / without)
     finally:
         await engine.stop()
         fetcher.close()
@@ -306,6 +315,8 @@ async def run(arguments: argparse.Namespace) -> dict[str, float]:
         "worker_ms": 1000 * median(ours.worker),
         "speedup_over_three_phase": pause / median(ours.pauses),
         "throughput_ratio": median(ours.ratios),
+        "throughput_ratio_low": float(np.quantile(ours.ratios, 0.25)),
+        "throughput_ratio_high": float(np.quantile(ours.ratios, 0.75)),
         "pause_ms": 1000 * median(ours.pauses),
         "prepare_ms": 1000 * median(ours.prepare),
         "decode_step_ms": 1000 * step_seconds,
@@ -317,8 +328,8 @@ async def run(arguments: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--window-seconds", type=float, default=10.0)
+    parser.add_argument("--rounds", type=int, default=12, help="a window without installs and one with, each")
+    parser.add_argument("--window-seconds", type=float, default=8.0)
     parser.add_argument("--updates", type=int, default=9, help="of the peer")
     add_arguments(parser)
     arguments = parser.parse_args()
