@@ -58,6 +58,15 @@ def keep_chunks() -> None:
     _keep(own_mapping_bytes=32 * 1024 * 1024, free_bytes=64 * 1024 * 1024)
 
 
+def keep_activations() -> None:
+    """For a process that trains on a CPU.
+
+    Every step makes the same tensors anew, of which those beyond 128 KiB were new pages each time:
+    of a policy of 0.8M parameters it trains a tenth faster with those of the step before.
+    """
+    _keep(own_mapping_bytes=32 * 1024 * 1024, free_bytes=1024 * 1024 * 1024)
+
+
 def _keep(*, own_mapping_bytes: int, free_bytes: int) -> None:
     """
     own_mapping_bytes: what is larger is still mapped by itself and given back.

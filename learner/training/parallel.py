@@ -40,6 +40,7 @@ from learner.training.pipeline import PipelineGroup, open_pipeline, split
 from learner.training.policy import Policy, RowForm
 from learner.training.tensor_parallel import TensorGroup, divide
 from penstock.errors import ConfigError
+from penstock.memory import keep_activations
 
 _log = logging.getLogger(__name__)
 
@@ -169,6 +170,7 @@ def open_ranks(
     where = _local_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if where.type == "cpu":
         use_fast_float32()
+        keep_activations()
     mesh = context = tensor = pipeline = None
     if cpu_offload and where.type == "cpu":
         _log.warning(
