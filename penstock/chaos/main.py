@@ -70,6 +70,7 @@ async def _run(config: ChaosConfig, folder: Path, display: Display) -> Report | 
             programs,
             histories=histories,
             learner_options=("--training.checkpoint.every_steps", str(_CHECKPOINT_EVERY_STEPS)),
+            steps_for=config.steps_for if config.steps is None else None,
         )
         killer = Killer(
             quickstart,

@@ -8,6 +8,10 @@ from pathlib import Path
 from penstock.errors import ConfigError
 from penstock.quickstart.settings import QuickstartConfig
 
+_LEAST_STEPS = 120
+_WARM_STARTS_STEPS = 4.0
+"""Of the warm start, in the time of one step of a run that is killed every 15 s."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChaosConfig:
@@ -23,7 +27,8 @@ class ChaosConfig:
     """Write the results to this file."""
     actors: int = 2
     steps: int | None = None
-    """Training steps; by default as many as keep the run going for about as long as it is killed."""
+    """Training steps; by default as many as should keep the run going for as long as it is killed, by the time
+    that the warm start took."""
     warm_start_steps: int = 450
     """Steps of supervised learning before."""
 
@@ -39,6 +44,11 @@ class ChaosConfig:
             seed=self.seed,
             plain=True,
             actors=self.actors,
-            steps=max(120, round(60 * self.minutes)) if self.steps is None else self.steps,
+            steps=_LEAST_STEPS if self.steps is None else self.steps,
             warm_start_steps=self.warm_start_steps,
         )
+
+    def steps_for(self, warm_start_seconds: float) -> int:
+        """Training steps, where none are given."""
+        per_second = self.warm_start_steps / warm_start_seconds / _WARM_STARTS_STEPS
+        return max(_LEAST_STEPS, round(60 * self.minutes * per_second))

@@ -14,8 +14,8 @@ import json
 import shlex
 import socket
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -78,8 +78,12 @@ class Quickstart:
         *,
         histories: Path | None = None,
         learner_options: Sequence[str] = (),
+        steps_for: Callable[[float], int] | None = None,
     ) -> None:
-        """histories: a folder in which each actor writes down what it sends and hears."""
+        """
+        histories: a folder in which each actor writes down what it sends and hears.
+        steps_for: training steps of a machine whose warm start took so many seconds, instead of the configured ones.
+        """
         self._config = config
         self._folder = folder
         self._display = display
@@ -88,6 +92,7 @@ class Quickstart:
         self._learner = f"127.0.0.1:{_free_port()}"
         self._histories = histories
         self._learner_options = learner_options
+        self._steps_for = steps_for
         self.actors: list[Program] = []
         self.server: Program | None = None
         self.learner_program: Program | None = None
@@ -142,11 +147,14 @@ class Quickstart:
         self._display.say(
             f"made a policy from random numbers, and {count:,} demonstrations, 4 in 10 of them right"
         )
+        began = time.monotonic()
         with self._display.working("warm start: supervised learning from the demonstrations"):
             await self._programs.run(
                 "warm-start", ["train", "sft", str(settings)], timeout_seconds=_PROGRAM_SECONDS
             )
         self._display.say("warm start done")
+        if self._steps_for is not None:
+            self._config = replace(config, steps=self._steps_for(time.monotonic() - began))
         return out
 
     async def _train(self, warm_started: Path) -> Trained:

@@ -118,4 +118,12 @@ def test_percentiles_are_of_what_was_measured() -> None:
 def test_a_time_that_is_none_is_refused() -> None:
     with pytest.raises(ConfigError, match="minutes is 0"):
         ChaosConfig(minutes=0)
-    assert ChaosConfig(minutes=10).quickstart().steps == 600
+
+
+def test_a_machine_that_is_twice_as_fast_gets_twice_the_steps_but_no_run_is_shorter_than_the_quickstart() -> (
+    None
+):
+    config = ChaosConfig(minutes=10)
+
+    assert config.steps_for(warm_start_seconds=30.0) == 2 * config.steps_for(warm_start_seconds=60.0) == 2250
+    assert ChaosConfig(minutes=0.1).steps_for(warm_start_seconds=30.0) == 120
