@@ -26,7 +26,7 @@ Json = dict[str, Any]
 
 def encode(message: Mapping[str, object]) -> bytes:
     """Raises ValueError or TypeError for what is not JSON, and for what is too large."""
-    body = json.dumps(message, allow_nan=False).encode()
+    body = json.dumps(message, allow_nan=False, ensure_ascii=False).encode()
     if len(body) > MAX_FRAME_BYTES:
         raise ValueError(f"a message of {len(body)} bytes; expected at most {MAX_FRAME_BYTES}")
     return len(body).to_bytes(_LENGTH_BYTES, "little") + body

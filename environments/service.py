@@ -98,10 +98,11 @@ class EnvironmentService(EnvironmentServiceServicer):
         return response
 
     async def Step(self, request: pb.StepRequest, context: _Context) -> pb.StepResponse:
-        if len(request.action) > MAX_ACTION_BYTES:
+        num_bytes = len(request.action.encode())
+        if num_bytes > MAX_ACTION_BYTES:
             await context.abort(
                 grpc.StatusCode.INVALID_ARGUMENT,
-                f"an action of {len(request.action)} characters; expected at most {MAX_ACTION_BYTES}",
+                f"an action of {num_bytes} bytes; expected at most {MAX_ACTION_BYTES}",
             )
         seconds = await self._seconds(context)
         try:
@@ -191,12 +192,19 @@ class EnvironmentService(EnvironmentServiceServicer):
             _log.warning(
                 "session %s on %s: %s fault: %s", session.session_id, session.task, fault.kind, fault
             )
-            recoverable = not self._host.keeps_state
-            if self._sessions.fail(session, call, recoverable=recoverable):
-                self._release(session)
-            return fault
+            return self._fail(session, call, fault)
+        except Exception as error:  # noqa: BLE001  the boundary to what nobody foresaw: the server serves others
+            _log.exception("a call of session %s on %s failed", session.session_id, session.task)
+            return self._fail(
+                session, call, EnvironmentFault(f"the server failed: {type(error).__name__}: {error}")
+            )
         self._sessions.answer(session, call, done=done)
         return response
+
+    def _fail(self, session: _Session, call: Call[Outcome], fault: EnvironmentFault) -> EnvironmentFault:
+        if self._sessions.fail(session, call, recoverable=not self._host.keeps_state):
+            self._release(session)
+        return fault
 
     async def _outcome(self, call: Call[Outcome], context: _Context) -> Response:
         assert call.outcome is not None

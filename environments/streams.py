@@ -94,6 +94,8 @@ class Calls:
                         await self._run(call)
                     else:
                         self._spawn(self._run(call), f"call {call.call_id}")
+        except Exception as error:  # noqa: BLE001  the boundary of a stream: whatever its client sent ends it alone
+            _log.warning("a stream of calls ends: %s: %s", type(error).__name__, error)
         finally:
             self.end()
 

@@ -124,8 +124,15 @@ class Worker:
 
     async def _exchange(self, call: str, request: Mapping[str, object], seconds: float) -> object:
         try:
+            frame = frames.encode(request)
+        except ValueError as error:
+            # Control characters take six bytes each. The worker has not heard of it.
+            raise EnvironmentFault(
+                f"{call} cannot be handed to a worker: {error}", kind=FaultKind.DATA
+            ) from None
+        try:
             async with asyncio.timeout(seconds):
-                self._writer.write(frames.encode(request))
+                self._writer.write(frame)
                 await self._writer.drain()
                 reply = await frames.read_frame(self._reader)
             fault = frames.fault_of(reply)

@@ -26,6 +26,8 @@ STEPPED = "tests.integration.hostile_environments:Hostile"
 SCORER = "tests.integration.hostile_environments:HostileScorer"
 TASK = Task("hostile", "train", 0, 0)
 SCORER_TASK = Task("hostile_scorer", "train", 0, 0)
+LETTERS = "tests.integration.toy_environments:Letters"
+LETTERS_TASK = Task("letters", "train", 0, 0)
 RIGHT = StepResult(done=True, reward=Reward.valid(1.0))
 
 MISDEEDS = ["die", "crash", "exit", "raise", "memory", "forge", "nan", "infinite", "text", "true", "bare"]
@@ -234,3 +236,28 @@ async def test_a_module_that_does_not_load_is_one_clear_error(
         async with serving("broken_game:Game", workers=2, start_seconds=start_seconds):
             pass
     assert group.group_contains(error)
+
+
+async def test_long_answers_in_any_script_reach_their_scorer() -> None:
+    async with serving(LETTERS, workers=1) as address, EnvironmentClient(address) as client:
+        assert await play(client, LETTERS_TASK, "long", "中" * 1_390_000) is not None
+        with pytest.raises(EnvironmentFault, match="an action of 4500000 bytes"):
+            await play(client, LETTERS_TASK, "too long", "中" * 1_500_000)
+
+
+async def test_an_answer_that_no_worker_can_be_handed_is_a_data_fault_and_the_server_goes_on() -> None:
+    async with serving(LETTERS, workers=1) as address, EnvironmentClient(address) as client:
+        with pytest.raises(EnvironmentFault, match="cannot be handed to a worker") as fault:
+            await play(client, LETTERS_TASK, "control characters", "\x01" * 2_000_000)
+        assert fault.value.kind is FaultKind.DATA
+        assert await play(client, LETTERS_TASK, "good", "a") == RIGHT
+
+
+async def test_bytes_that_are_no_message_end_their_stream_and_nothing_else() -> None:
+    async with serving(LETTERS, workers=1) as address, EnvironmentClient(address) as client:
+        async with rpc.channel(address) as channel:
+            stream = channel.stream_stream("/penstock.v1.EnvironmentService/Play")()
+            await stream.write(b"\xff\xff\xff garbage")
+            async with asyncio.timeout(20):
+                assert await stream.read() is grpc.aio.EOF
+        assert await play(client, LETTERS_TASK, "good", "a") == RIGHT
