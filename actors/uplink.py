@@ -56,6 +56,8 @@ class Uplink:
         self._num_bytes = 0
         self._acknowledged = 0
         self._sent = 0
+        self._bytes_in_flight = 0
+        """Of items that are sent and not acknowledged."""
         self._numbered_for = ""
         self._num_streams = 0
         self._closing = False
@@ -108,6 +110,7 @@ class Uplink:
         given_up_at = time.monotonic() + patience
         while True:
             session_id, acknowledged = self._session.session_id, self._acknowledged
+            had_nothing_to_send = not self._items
             try:
                 await self._stream(session_id)
                 problem: PenstockError = PeerLost("the learner closed the stream")
@@ -117,7 +120,7 @@ class Uplink:
                 problem = lost
             if self._closing and not self._items:
                 return
-            if self._acknowledged != acknowledged:
+            if had_nothing_to_send or self._acknowledged != acknowledged:
                 given_up_at = time.monotonic() + patience
             _log.info("uplink: %s; sending again what is unacknowledged", problem)
             if self._history is not None:
@@ -129,7 +132,7 @@ class Uplink:
         """One stream, from the first unacknowledged item on. Returns when the learner ends it."""
         if session_id != self._numbered_for:
             self._numbered_for, self._acknowledged = session_id, 0
-        self._sent = self._acknowledged
+        self._sent, self._bytes_in_flight = self._acknowledged, 0
         self._num_streams += 1
         call: _Call = self._session.stub.Submit(self._requests(session_id, self._num_streams))
         try:
@@ -172,8 +175,14 @@ class Uplink:
             yield pb.SubmitRequest(session_id=session_id, items=items)
 
     def _may_send(self) -> bool:
+        """Whether the credits reach for another item; for one they always do, however large."""
         in_flight = self._sent - self._acknowledged
-        return in_flight < min(len(self._items), self._credits.num_trajectories)
+        if in_flight >= min(len(self._items), self._credits.num_trajectories):
+            return False
+        return (
+            in_flight == 0
+            or self._bytes_in_flight + self._items[in_flight].num_bytes <= self._credits.num_bytes
+        )
 
     def _is_over(self, stream: int) -> bool:
         return stream != self._num_streams or (self._closing and not self._items)
@@ -181,9 +190,7 @@ class Uplink:
     def _take(self) -> list[pb.SubmitItem]:
         """The next items, numbered; at least one, then as many as credits and sizes allow."""
         in_flight = self._sent - self._acknowledged
-        room = self._credits.num_bytes - sum(
-            spooled.num_bytes for spooled in itertools.islice(self._items, in_flight)
-        )
+        room = self._credits.num_bytes - self._bytes_in_flight
         last = min(len(self._items), self._credits.num_trajectories, in_flight + _ITEMS_PER_MESSAGE)
         taken: list[pb.SubmitItem] = []
         num_bytes = 0
@@ -192,6 +199,7 @@ class Uplink:
             if taken and num_bytes > min(room, _BYTES_PER_MESSAGE):
                 break
             self._sent += 1
+            self._bytes_in_flight += spooled.num_bytes
             spooled.item.sequence = self._sent
             taken.append(spooled.item)
         return taken
@@ -202,9 +210,13 @@ class Uplink:
             while self._acknowledged < response.acknowledged and self._items:
                 spooled = self._items.popleft()
                 self._num_bytes -= spooled.num_bytes
+                if self._acknowledged < self._sent:
+                    self._bytes_in_flight -= spooled.num_bytes
                 self._acknowledged += 1
                 if self._acknowledged in corrupt and _is_whole(spooled.item):
                     self._append(spooled)
+            # What a stream before this one brought need not be sent again.
+            self._sent = max(self._sent, self._acknowledged)
             self._credits = response.credits
             self._changed.notify_all()
         for verdict in response.verdicts:

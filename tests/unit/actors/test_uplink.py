@@ -207,3 +207,46 @@ async def test_a_fenced_session_ends_the_uplink():
         await uplink.put(*item("1"))
         with pytest.raises(SessionFenced, match="as told"):
             await uplink.run()
+
+
+async def test_no_more_bytes_are_in_flight_than_the_credits_allow():
+    learner = Learner()
+    learner.holding.clear()
+    async with running(learner) as uplink:
+        uplink._credits = pb.Credits(num_trajectories=100, num_bytes=2 * item("x" * 40)[1].ByteSize())
+        task = asyncio.create_task(uplink.run())
+        for number in range(5):
+            await uplink.put(*item(str(number) * 40))
+        async with asyncio.timeout(20):
+            await learner.received.wait()
+        await asyncio.sleep(0.3)
+        assert len(learner.stored["s0"]) == 2
+        learner.holding.set()
+        assert await uplink.flush(20.0)
+        await uplink.close()
+        await task
+
+
+async def test_what_a_stream_before_brought_is_not_sent_again_once_it_is_acknowledged():
+    """The learner had everything when the stream broke, and says so with its first answer on the next."""
+    learner = Learner()
+    learner.breaks_after = [4]
+    names = [str(number) for number in range(6)]
+    async with running(learner) as uplink:
+        uplink._credits = pb.Credits(num_trajectories=4, num_bytes=1)
+        await send(uplink, names)
+    assert learner.stored == {"s0": names}
+
+
+async def test_a_stream_that_was_quiet_for_longer_than_the_patience_may_break():
+    learner = Learner()
+    async with running(learner) as uplink:
+        uplink._session.patience_seconds = 0.5
+        learner.breaks_after = [1]
+        task = asyncio.create_task(uplink.run())
+        await asyncio.sleep(1.0)
+        await uplink.put(*item("1"))
+        assert await uplink.flush(20.0)
+        await uplink.close()
+        await task
+    assert learner.stored == {"s0": ["1"]}
