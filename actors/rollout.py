@@ -75,6 +75,8 @@ class Running:
     lease: Lease
     progress: Progress
     task: asyncio.Task[None]
+    began: float
+    """Monotonic seconds."""
     revoked: bool = False
 
 
@@ -197,15 +199,22 @@ class _Rollout:
                 observation_digest=episode.observation_digest,
             )
             self._observe(player._renderer.first(episode.messages))
+            if not self._has_room():
+                raise EnvironmentFault(
+                    f"the prompt has {len(self._tokens.ids)} tokens, which leaves none to sample of a context of "
+                    f"{player._engine.max_context}: leave such tasks out, or raise the actors' max_context",
+                    kind=FaultKind.DATA,
+                )
             while True:
-                turn = await self._generate(episode)
+                turn = await self._generate()
                 result = await self._step(episode, turn)
                 if result.done or not self._has_room():
                     break
                 following = player._renderer.following(result.messages, stopped=turn.stopped)
-                self._observe(following)
-                if not self._has_room():
+                if len(following) >= player._engine.max_context - len(self._tokens.ids):
+                    # Nothing could be sampled after it, and what is only read teaches nothing.
                     break
+                self._observe(following)
             self._recorded.check_over()
             return self._trajectory(episode, turn, result)
 
@@ -213,11 +222,8 @@ class _Rollout:
         self._recorded.check_observation(token_ids)
         self._tokens.observe(token_ids)
 
-    async def _generate(self, episode: Episode) -> _Turn:
-        """Samples one turn, or what is left of a recorded one.
-
-        Renews the environment's session while that takes long.
-        """
+    async def _generate(self) -> _Turn:
+        """Samples one turn, or what is left of a recorded one."""
         player = self._player
         recorded = self._recorded.next_turn()
         if recorded is not None:
@@ -226,7 +232,7 @@ class _Rollout:
             stopped = recorded.stopped or recorded.token_ids[-1] in player._renderer.stop_ids
             if recorded.finished or stopped or not self._has_room():
                 return self._end_turn(list(recorded.token_ids), stopped=stopped)
-        began = renewed = player._clock()
+        began = player._clock()
         request = GenerationRequest(
             request_id=f"{self._lease.lease_id}/{self._progress.num_turns}",
             prompt_ids=np.asarray(self._tokens.ids, dtype=np.int32),
@@ -248,9 +254,6 @@ class _Rollout:
             if reason in (StopReason.STOP, StopReason.LENGTH):
                 # At once: a rollout that is cancelled now hands over a finished turn.
                 turn = self._end_turn(token_ids, stopped=reason is StopReason.STOP)
-            if player._clock() - renewed > self._description.session_ttl_seconds / 3:
-                renewed = player._clock()
-                await episode.renew()
         if turn is None:
             raise EngineFault(f"generation ended with {reason or 'nothing'}; expected stop or length")
         self._generation_seconds += player._clock() - began

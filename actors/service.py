@@ -19,6 +19,7 @@ from collections import Counter
 
 import grpc
 
+from actors.engine_faults import EngineFaults
 from actors.engines.base import Engine
 from actors.heartbeat import Heartbeat
 from actors.install import Installer
@@ -106,6 +107,7 @@ class Actor:
         self.waits = waits or Waits()
         self._failure: NoProgress | None = None
         self._running: dict[str, Running] = {}
+        self._engine_faults = EngineFaults()
         self._heartbeat = Heartbeat(
             session=session,
             engine=engine,
@@ -253,7 +255,7 @@ class Actor:
     def _start(self, tasks: asyncio.TaskGroup, lease: Lease) -> None:
         progress = Progress()
         task = tasks.create_task(self._play(lease, progress), name=f"rollout {lease.lease_id}")
-        self._running[lease.lease_id] = Running(lease, progress, task)
+        self._running[lease.lease_id] = Running(lease, progress, task, began=time.monotonic())
 
     async def _play(self, lease: Lease, progress: Progress) -> None:
         """One rollout, to the item that ends its lease. A fault ends the lease, not the actor."""
@@ -273,6 +275,7 @@ class Actor:
                 trajectory = await self._play_pinned(lease.pin, player, lease, session_id, progress)
             item = _checked(trajectory_item(trajectory))
             self.counts["finished"] += 1
+            self._engine_faults.finished()
         except asyncio.CancelledError:
             running = self._running[lease.lease_id]
             if not (running.revoked or self._stop.is_set()):
@@ -286,6 +289,7 @@ class Actor:
             item.release.CopyFrom(self._release(lease, reason, str(fault)))
         except EngineFault as fault:
             item.release.CopyFrom(self._release(lease, pb.RELEASE_REASON_ENGINE, str(fault)))
+            self._note_engine_fault(self._running[lease.lease_id].began, fault)
         except PinLost as lost:
             item.release.CopyFrom(self._release(lease, pb.RELEASE_REASON_DRAINING, str(lost)))
         try:
@@ -301,6 +305,12 @@ class Actor:
             del self._running[lease.lease_id]
             self._room.set()
             self.installer.look()
+
+    def _note_engine_fault(self, began: float, fault: EngineFault) -> None:
+        """An engine that finishes nothing any more would end every lease that it is given."""
+        is_broken = self._engine_faults.failed(began=began, now=time.monotonic())
+        if is_broken and not self._stop.is_set():
+            self._give_up(NoProgress(f"the engine fails one rollout after the other: {fault}"))
 
     def _hand_over(self, item: pb.SubmitItem, progress: Progress) -> None:
         """Adds to a release what another actor may go on from."""
@@ -346,13 +356,17 @@ class Actor:
         given_up_at = time.monotonic() + self.session.patience_seconds
         while not self._stop.is_set():
             session_id = self.session.session_id
+            was_heard = False
             try:
                 async for directive in self.session.stub.Watch(pb.WatchRequest(session_id=session_id)):
-                    given_up_at = time.monotonic() + self.session.patience_seconds
+                    was_heard = True
                     self._obey(directive)
                 problem: PenstockError = PeerLost("the learner closed the watch stream")
             except grpc.aio.AioRpcError as error:
                 problem = translate(error)
+            if was_heard:
+                # Until now: a stream may be quiet for as long as there is nothing to tell.
+                given_up_at = time.monotonic() + self.session.patience_seconds
             if not self._stop.is_set():
                 await self.session.recover(problem, session_id, given_up_at)
 

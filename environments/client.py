@@ -34,6 +34,8 @@ _log = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 2.0
 _MAX_RETRIES = 3
+_LEAST_TTL_SECONDS = 1.0
+"""However short a session's time-to-live, it is not renewed more than six times a second."""
 _FIRST_PAUSE_SECONDS = 0.1
 _MAX_PAUSE_SECONDS = 2.0
 
@@ -55,6 +57,11 @@ class EnvironmentClient:
         """None once the server has said that it takes single calls only."""
         self._closing: set[asyncio.Task[None]] = set()
         """Of sessions, by single calls: nobody waits for them but `close`."""
+        self._episodes: set[Episode] = set()
+        """Open ones."""
+        self._session_ttl_seconds: float | None = None
+        """None until the environment was described."""
+        self._renewing: asyncio.Task[None] | None = None
         self._is_closed = False
 
     async def __aenter__(self) -> Self:
@@ -67,6 +74,8 @@ class EnvironmentClient:
 
     async def close(self) -> None:
         self._is_closed = True
+        if self._renewing is not None:
+            self._renewing.cancel()
         if self._closing:
             await asyncio.wait(self._closing, timeout=_CLOSE_SECONDS)
         if self._streamed is not None:
@@ -76,22 +85,33 @@ class EnvironmentClient:
     async def describe(self) -> Description:
         """Raises EnvironmentFault."""
         response = await self._call("describe", pb.DescribeRequest(), self.reset_timeout_seconds)
-        return self._read(wire.description_from_wire, response)
+        description = self._read(wire.description_from_wire, response)
+        self._session_ttl_seconds = max(description.session_ttl_seconds, _LEAST_TTL_SECONDS)
+        return description
 
     @contextlib.asynccontextmanager
     async def session(self, *, session_id: str, fence: int, task: Task) -> AsyncIterator[Episode]:
         """Opens a session on a task, and closes it in any case, without waiting. Raises EnvironmentFault.
 
-        While the server is full, waits for up to the deadline of a reset.
+        While the server is full, waits for up to the deadline of a reset. Once the environment was described, the
+        session's lease is renewed while no step is asked for; one that is lost all the same fails its next step.
         """
+        episode: Episode | None = None
         try:
             request = pb.ResetRequest(session_id=session_id, fence=fence, task=task_to_wire(task))
             response = await self._call("reset", request, self.reset_timeout_seconds)
             messages, digest = self._read(wire.reset_from_wire, response)
-            yield Episode(
+            episode = Episode(
                 self, session_id=session_id, fence=fence, messages=messages, observation_digest=digest
             )
+            self._episodes.add(episode)
+            if self._renewing is None and self._session_ttl_seconds is not None:
+                renew = self._renew(self._session_ttl_seconds / 6)
+                self._renewing = asyncio.create_task(renew, name=f"renew sessions at {self.address}")
+            yield episode
         finally:
+            if episode is not None:
+                self._episodes.discard(episode)
             self._close_session(pb.CloseRequest(session_id=session_id, fence=fence))
 
     def _close_session(self, request: pb.CloseRequest) -> None:
@@ -117,6 +137,20 @@ class EnvironmentClient:
         result = self._read(wire.result_from_wire, response)
         self._refuse_failed(result)
         return result
+
+    async def _renew(self, seconds: float) -> None:
+        """Looks as often for sessions that were not called for twice as long, and renews them."""
+        while True:
+            await asyncio.sleep(seconds)
+            now = time.monotonic()
+            quiet = [each for each in self._episodes if now - each.called_at > 2 * seconds]
+            await asyncio.gather(*(self._renew_one(episode) for episode in quiet))
+
+    async def _renew_one(self, episode: Episode) -> None:
+        try:
+            await episode.renew()
+        except EnvironmentFault as fault:
+            _log.info("a session was not renewed: %s", fault)
 
     async def renew(self, request: pb.RenewRequest) -> None:
         """Renews the lease of an Episode."""
@@ -201,6 +235,8 @@ class Episode:
         """What the policy reads first."""
         self.observation_digest = observation_digest
         self.num_steps = 0
+        self.called_at = time.monotonic()
+        """When a call of it began or ended last, in monotonic seconds."""
         self._client = client
         self._session_id = session_id
         self._fence = fence
@@ -212,8 +248,10 @@ class Episode:
         )
         result = await self._client.step(request)
         self.num_steps += 1
+        self.called_at = time.monotonic()
         return result
 
     async def renew(self) -> None:
         """Keeps the session open while the policy is slow. Raises EnvironmentFault."""
+        self.called_at = time.monotonic()
         await self._client.renew(pb.RenewRequest(session_id=self._session_id, fence=self._fence))

@@ -33,7 +33,7 @@ from actors.session import Identity, Session
 from actors.uplink import Uplink
 from environments.client import EnvironmentClient
 from penstock import PROTOCOL
-from penstock.errors import EnvironmentFault
+from penstock.errors import EngineFault, EnvironmentFault
 from penstock.history import History
 from penstock.rpc import to_seconds
 from penstock.signals import Stop
@@ -64,7 +64,9 @@ class Script:
     """A rollout of n tokens takes n times as long."""
     token_bytes: int = 1
     """Copies of each token, for trajectories that weigh something."""
-    fault: Callable[[Lease], EnvironmentFault | None] = field(default_factory=lambda: lambda lease: None)
+    fault: Callable[[Lease], EnvironmentFault | EngineFault | None] = field(
+        default_factory=lambda: lambda lease: None
+    )
     """Raised instead of a trajectory."""
     install_seconds: float = 0.0
     hoard_bytes: int = 0

@@ -13,6 +13,8 @@ from statistics import median
 import pytest
 
 from learner.config import FleetConfig
+from penstock.errors import EngineFault, NoProgress
+from penstock.trajectory import Lease
 
 from .bench import QUICK_FLEET, Bench, FaultLength, Process, until
 from .scripted_actor import Script, ScriptedActor, fixed
@@ -90,6 +92,28 @@ async def test_leases_of_a_killed_process_are_granted_again(tmp_path: Path):
         await bench.trained()
         bench.check()
         assert bench.rows("SELECT 1 FROM leases WHERE outcome = 'dead'")
+
+
+async def test_an_actor_whose_engine_works_no_more_leaves_before_it_has_spoilt_a_group(tmp_path: Path):
+    is_dead = asyncio.Event()
+
+    def fault(lease: Lease) -> EngineFault | None:
+        return EngineFault("the engine's process is gone") if is_dead.is_set() else None
+
+    async with Bench(tmp_path, num_steps=30) as bench:
+        await bench.start(step_seconds=0.1)
+        broken = bench.actor("broken", script=Script(fault=fault))
+        bench.actor("sound")
+        await until(lambda: broken.player.lengths, "the actor to have worked")
+        is_dead.set()
+        with pytest.raises(
+            NoProgress, match="fails one rollout after the other: the engine's process is gone"
+        ):
+            await bench.tasks.pop("broken")
+        await bench.trained()
+        bench.check()
+        assert bench.rows("SELECT count(*) FROM groups WHERE state = 'dropped'") == [(0,)]
+        assert bench.rows("SELECT count(*) FROM leases WHERE outcome = 'engine'")[0][0] >= 9
 
 
 async def test_an_actor_that_is_stopped_and_continued_trains_nothing_twice(tmp_path: Path):

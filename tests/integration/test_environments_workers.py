@@ -207,6 +207,20 @@ async def test_a_session_without_calls_expires_and_frees_its_worker() -> None:
             await first.step("go on")
 
 
+async def test_a_session_stays_open_while_its_policy_is_slow() -> None:
+    """As the rollouts of an engine that has more of them than slots."""
+    async with (
+        serving(STEPPED, workers=1, session_ttl_seconds=1.5) as address,
+        EnvironmentClient(address) as client,
+    ):
+        await client.describe()
+        async with client.session(session_id="slow", fence=1, task=TASK) as episode:
+            await asyncio.sleep(4.0)
+            assert (await episode.step("go on")).messages
+            await asyncio.sleep(2.5)
+            assert await episode.step("end") == RIGHT
+
+
 async def test_what_workers_print_is_logged_up_to_a_limit(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     async with serving(STEPPED, workers=1) as address, EnvironmentClient(address) as client:

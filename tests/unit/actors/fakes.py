@@ -82,9 +82,6 @@ class ScriptedEpisode:
             raise result
         return result
 
-    async def renew(self) -> None:
-        self._client.num_renewals += 1
-
 
 class ScriptedClient:
     """An EnvironmentClient whose steps give the next of `results`."""
@@ -99,7 +96,6 @@ class ScriptedClient:
         self.results = list(results)
         self.actions: list[str] = []
         self.sessions: list[tuple[str, int, Task]] = []
-        self.num_renewals = 0
         self.num_open = 0
         self.description = Description(
             name="words", version="3", digest="ab", splits={"train": 5}, max_turns=max_turns

@@ -140,3 +140,21 @@ async def test_an_environment_that_came_back_is_described_anew():
     object.__setattr__(client.description, "version", "4")
     trajectory = await plays.play(lease(), "s", Progress())
     assert trajectory.environment_version == "4"
+
+
+async def test_a_prompt_that_leaves_nothing_to_sample_is_a_data_fault_and_not_the_end_of_the_actor():
+    engine = ScriptedEngine([])
+    engine.max_context = 4
+    with pytest.raises(EnvironmentFault, match=r"the prompt has 4 tokens.*a context of 4") as caught:
+        await player(engine, ScriptedClient("abc=", [])).play(lease(), "s", Progress())
+    assert caught.value.kind is FaultKind.DATA
+    assert engine.requests == []
+
+
+async def test_an_observation_that_does_not_fit_ends_the_episode_and_is_left_out():
+    engine = ScriptedEngine([[chunk(*ids("a"), EOS, stop=StopReason.STOP)]])
+    engine.max_context = 8
+    client = ScriptedClient("ab=", [says("abcdefgh" * 4)], max_turns=3)
+    trajectory = await player(engine, client, truncation_reward=0.0).play(lease(), "s", Progress())
+    assert trajectory.token_ids.tolist() == [*ids("ab="), *ids("a"), EOS]
+    assert trajectory.finish_reason is FinishReason.LENGTH
