@@ -84,13 +84,13 @@ class Docket:
             self._journal.record(ItemsRefused(duplicates=1))
             return DUPLICATE
         if isinstance(submission, Rejected):
-            return self._refuse(session, submission, submission.lease_id)
+            return self._refuse(session, submission, submission.lease_id, now)
         try:
             if is_evaluation_lease(submission.lease_id):
                 return self._decide_answer(session, sequence, submission, now)
             return self._decide(session, submission, now)
         except Rejected as rejected:
-            return self._refuse(session, rejected, submission.lease_id)
+            return self._refuse(session, rejected, submission.lease_id, now)
 
     def reject(
         self, session_id: str, sequence: int, code: RejectionCode, message: str, now: float
@@ -131,13 +131,25 @@ class Docket:
                 self._demand.lease_ended(now - lease.granted_at, filled=False)
                 self._count_fault(session, lease, outcome, message, now)
 
-    def _refuse(self, session: Session, rejected: Rejected, lease_id: str) -> Verdict:
+    def _refuse(self, session: Session, rejected: Rejected, lease_id: str, now: float) -> Verdict:
+        """Ends the lease too, for its actor has nothing else to send under it, unless bytes changed on the way."""
         self._advance(session)
         self._journal.record(ItemsRefused(rejected=(rejected.code,)))
         self._journal.event(
             "rejected", f"{session.info.actor_id}, lease {lease_id[:40]}: {rejected.code}: {rejected}"
         )
+        if rejected.code is not RejectionCode.CORRUPT:
+            self._end_refused(session, lease_id, f"rejected: {rejected.code}", now)
         return Verdict(None, rejected.code, str(rejected))
+
+    def _end_refused(self, session: Session, lease_id: str, message: str, now: float) -> None:
+        if is_evaluation_lease(lease_id):
+            self._evaluations.release(session, lease_id, LeaseOutcome.ENGINE, message, now)
+            return
+        lease = self._board.leases.get(lease_id)
+        if lease is not None and lease.session_id == session.session_id:
+            self._board.end_lease(lease, LeaseOutcome.ENGINE, message=message)
+            self._demand.lease_ended(now - lease.granted_at, filled=False)
 
     def _decide_answer(self, session: Session, sequence: int, submission: Submission, now: float) -> Verdict:
         """Of an evaluation."""
