@@ -17,6 +17,7 @@ from environments import conformance
 from environments.base import Description
 from environments.server import ServerConfig, serve, spec_of
 from penstock import log
+from penstock.config import with_switches
 from penstock.errors import ConfigError
 from penstock.memory import collect_rarely
 from penstock.signals import Stop
@@ -212,7 +213,7 @@ def _check(address: str, argv: Sequence[str]) -> int:
 def _parse(config_type: Callable[..., Any], argv: Sequence[str], *, prog: str) -> Any:
     return tyro.cli(
         config_type,
-        args=list(argv),
+        args=with_switches(ServerConfig, argv),
         prog=prog,
         config=(tyro.conf.FlagConversionOff,),
     )

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
 
@@ -36,11 +36,43 @@ def load(config_type: type[ConfigT], argv: Sequence[str], *, prog: str, descript
         prog = f"{prog} {path}"
     return tyro.cli(
         config_type,
-        args=[*file_flags, *flags],
+        args=[*file_flags, *with_switches(config_type, flags)],
         prog=prog,
         description=description,
         config=(tyro.conf.FlagConversionOff, tyro.conf.EnumChoicesFromValues),
     )
+
+
+def with_switches(config_type: type, argv: Sequence[str]) -> list[str]:
+    """The same flags, where a switch may stand alone (`--insecure`) and be written as in TOML (`--insecure true`)."""
+    switches = set(_switches(config_type))
+    args: list[str] = []
+    for arg in argv:
+        previous = args[-1] if args else ""
+        if _name_of(previous) in switches:
+            if arg in ("true", "false"):
+                args.append(arg.capitalize())
+                continue
+            if arg not in ("True", "False"):
+                args.append("True")
+        args.append(arg)
+    if args and _name_of(args[-1]) in switches:
+        args.append("True")
+    return args
+
+
+def _name_of(arg: str) -> str:
+    """A flag's dotted name; empty if it is none, or has its value with it."""
+    return arg[2:].replace("-", "_") if arg.startswith("--") else ""
+
+
+def _switches(config_type: type, prefix: str = "") -> Iterator[str]:
+    """Dotted names of fields that are on or off."""
+    for name, hint in get_type_hints(config_type).items():
+        if hint is bool:
+            yield f"{prefix}{name}"
+        elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from _switches(hint, f"{prefix}{name}.")
 
 
 def to_toml(config: object) -> str:
