@@ -172,8 +172,9 @@ async def _join(
         data_parallel_size=settings.data_parallel_size,
     )
     stack.push_async_callback(engine.stop)
-    groups = CollectiveReceiver(host=rpc.split_address(settings.learner)[0], device=device)
-    receivers = (SharedMemoryReceiver(), ZeromqReceiver(), groups)
+    host, _ = rpc.split_address(settings.learner)
+    groups = CollectiveReceiver(host=host, device=device)
+    receivers = (SharedMemoryReceiver(), ZeromqReceiver(host=host), groups)
     fetcher = WeightFetcher(receivers, neighbours=Neighbours())
     stack.callback(fetcher.close)
     history = History(settings.history) if settings.history else None

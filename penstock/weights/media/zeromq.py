@@ -204,11 +204,15 @@ class ZeromqServer:
 class ZeromqReceiver:
     """Asks a server for chunks, a bounded number at a time."""
 
-    def __init__(self, *, resend_seconds: float = 2.0, progress_seconds: float = 10.0) -> None:
+    def __init__(
+        self, *, host: str = "127.0.0.1", resend_seconds: float = 2.0, progress_seconds: float = 10.0
+    ) -> None:
         """
+        host: of a server that listens on every address, and so cannot say where it is reached.
         resend_seconds: requests without an answer for this long are sent again.
         progress_seconds: the transfer fails when no chunk came for this long.
         """
+        self._host = host
         self._resend_seconds = resend_seconds
         self._progress_seconds = progress_seconds
         self._context = zmq.Context()
@@ -223,14 +227,14 @@ class ZeromqReceiver:
         self, blob: Blob, medium: Medium, indices: Sequence[int], patience: Patience
     ) -> Generator[Chunk, None, None]:
         assert isinstance(medium, ZeromqMedium)
-        socket = self._connect(medium.endpoint)
+        socket = self._connect(_reachable(medium.endpoint, self._host))
         try:
             yield from self._pull(socket, blob, medium, indices, patience)
         except BaseException:
             # Answers may still be on their way; the next transfer begins without them.
             socket.close()
             raise
-        self._idle = medium.endpoint, socket
+        self._idle = _reachable(medium.endpoint, self._host), socket
 
     def _connect(self, endpoint: str) -> zmq.Socket[bytes]:
         """The connection of the transfer before, if it led there."""
@@ -273,6 +277,14 @@ class ZeromqReceiver:
             if now - max(progress, resent) > self._resend_seconds:
                 resent = now
                 requests.resend()
+
+
+def _reachable(endpoint: str, host: str) -> str:
+    """The endpoint, at `host` if it is every address of its machine."""
+    for everywhere in ("tcp://0.0.0.0:", "tcp://[::]:"):
+        if endpoint.startswith(everywhere):
+            return f"tcp://{host}:{endpoint.removeprefix(everywhere)}"
+    return endpoint
 
 
 class _Wanted(NamedTuple):

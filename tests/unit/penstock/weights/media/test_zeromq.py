@@ -397,3 +397,19 @@ def _chunks_of(manifest: Manifest) -> list[bytes]:
     return [
         data.tobytes() for _, data in receiver.chunks(manifest, manifest.media[0], list(indices), patience)
     ]
+
+
+def test_a_server_that_listens_on_every_address_is_reached_where_its_learner_is(ring: SegmentRing) -> None:
+    """The test's own listens on one that nobody finds who takes the endpoint by its word."""
+    server = ZeromqServer("tcp://127.0.0.2:0")
+    try:
+        manifest = ring.write(PolicyVersion(1, 0), tensors())
+        server.add(manifest)
+        port = server.endpoint.rpartition(":")[2]
+        for everywhere in ("0.0.0.0", "[::]"):
+            announced = over(manifest, f"tcp://{everywhere}:{port}")
+            fetch(announced, ZeromqReceiver(host="127.0.0.2", progress_seconds=5.0))
+            with pytest.raises(WeightTransferError):
+                fetch(announced, ZeromqReceiver(host="127.0.0.3", progress_seconds=0.5))
+    finally:
+        server.close()
