@@ -26,7 +26,8 @@ from actors.engines.placement import Placement
 from actors.engines.policy import Architecture, build_model
 from actors.engines.tensors import TORCH_DTYPES, match
 from penstock.errors import ConfigError, EngineFault
-from penstock.trajectory import PolicyVersion, Sampling
+from penstock.seeds import derive_seed
+from penstock.trajectory import PolicyVersion
 from penstock.weights.manifest import ALIGNMENT, TensorEntry
 from penstock.weights.staged import StagedWeights
 
@@ -168,7 +169,7 @@ class VllmHost:
         # vllm_scheduler gives another salt if weights are switched before the request begins.
         salt = str(self._num_switches)
         prompt = {"prompt_token_ids": request.prompt_ids.tolist(), "cache_salt": salt}
-        parameters = _sampling(request.sampling, limit, self._stop_ids, stream_tokens)
+        parameters = _sampling(request, limit, self._stop_ids, stream_tokens)
         outputs = self._llm.generate(prompt, parameters, name)
         try:
             async with contextlib.aclosing(outputs):
@@ -308,16 +309,18 @@ def _cache_bytes(text: Any, dtype: torch.dtype, arguments: dict[str, Any]) -> in
     return min(num_blocks * block_bytes, int(free * _MAX_SHARE_OF_MEMORY))
 
 
-def _sampling(sampling: Sampling, limit: int, stop_ids: list[int], stream_tokens: int) -> Any:
+def _sampling(request: GenerationRequest, limit: int, stop_ids: list[int], stream_tokens: int) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
+    sampling = request.sampling
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         max_tokens=limit,
-        seed=sampling.seed % 2**63 or None,
+        # A turn must not draw the numbers of the turn before it: they have one seed, and grow in length.
+        seed=derive_seed(sampling.seed, request.prompt_ids.size) if sampling.seed else None,
         stop_token_ids=stop_ids,
         ignore_eos=True,
         logprobs=0,

@@ -278,3 +278,11 @@ class TestVllmEngine(EngineSuite):
         await actor.wait()
         _, alive = await asyncio.to_thread(psutil.wait_procs, children, timeout=60)
         assert not alive
+
+
+def test_the_turns_of_an_episode_have_one_seed_and_draw_other_numbers() -> None:
+    from actors.engines.vllm_host import _sampling
+
+    first, again, later = (_sampling(request(prompt(length), seed=7), 8, [], 16).seed for length in (4, 4, 9))
+    assert first == again != later
+    assert _sampling(request(prompt(4)), 8, [], 16).seed is None
