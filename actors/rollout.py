@@ -145,6 +145,11 @@ class Player:
         self._waits = waits or Waits(clock)
         self._description: Description | None = None
 
+    @property
+    def max_sessions(self) -> int | None:
+        """Sessions that its environment has room for; None if unbounded, or not known yet."""
+        return self._description.max_sessions or None if self._description is not None else None
+
     async def play(self, lease: Lease, session_id: str, progress: Progress) -> Trajectory:
         """Plays to the reward. Raises EnvironmentFault, EngineFault."""
         if self._description is None:

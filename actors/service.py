@@ -36,7 +36,15 @@ from penstock.codec import (
     version_from_wire,
     version_to_wire,
 )
-from penstock.errors import EngineFault, EnvironmentFault, FaultKind, NoProgress, PeerLost, PenstockError
+from penstock.errors import (
+    EngineFault,
+    EnvironmentFault,
+    EnvironmentFull,
+    FaultKind,
+    NoProgress,
+    PeerLost,
+    PenstockError,
+)
 from penstock.rpc import MAX_MESSAGE_BYTES, to_duration, to_seconds
 from penstock.signals import Stop
 from penstock.tasks import task_group, unless_stopped
@@ -187,7 +195,7 @@ class Actor:
         """Keeps rollouts running, as many as there is room for, until the stop."""
         while not self._stop.is_set():
             change = self.installer.installed_event
-            free = self._capacity - len(self._running)
+            free = self._num_wanted - len(self._running)
             if self.installer.turns_back and self._running:
                 self._room.clear()
                 with self.waits.on(
@@ -213,6 +221,14 @@ class Actor:
                     self._start(tasks, lease)
                 if not leases:
                     await self._wait(change, 0.5)
+
+    @property
+    def _num_wanted(self) -> int:
+        """Rollouts at once: no more than there are sessions for, as far as the environments have told."""
+        num_sessions = [player.max_sessions for player in self._players.values()]
+        if not num_sessions or None in num_sessions:
+            return self._capacity
+        return min(self._capacity, sum(filter(None, num_sessions)))
 
     async def _acquire(self, max_leases: int) -> list[Lease]:
         assert self.installer.installed is not None
@@ -283,6 +299,9 @@ class Actor:
             item.release.CopyFrom(self._release(lease, pb.RELEASE_REASON_DRAINING, "the actor drains"))
             if lease.pin is None and not running.revoked:
                 self._hand_over(item, progress)
+        except EnvironmentFull as full:
+            # Others have its room: whoever finds some plays it.
+            item.release.CopyFrom(self._release(lease, pb.RELEASE_REASON_DRAINING, str(full)))
         except EnvironmentFault as fault:
             is_data = fault.kind is FaultKind.DATA
             reason = pb.RELEASE_REASON_DATA if is_data else pb.RELEASE_REASON_INFRASTRUCTURE

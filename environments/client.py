@@ -25,7 +25,7 @@ from environments.base import Description, Message, StepResult
 from environments.calls import CallFailed, StreamedCalls, call_alone
 from penstock import rpc
 from penstock.codec import task_to_wire
-from penstock.errors import EnvironmentFault, FaultKind, ProtocolError
+from penstock.errors import EnvironmentFault, EnvironmentFull, FaultKind, ProtocolError
 from penstock.trajectory import RewardStatus, Task
 from penstock.v1 import environment_pb2 as pb
 from penstock.v1.environment_pb2_grpc import EnvironmentServiceStub
@@ -93,8 +93,9 @@ class EnvironmentClient:
     async def session(self, *, session_id: str, fence: int, task: Task) -> AsyncIterator[Episode]:
         """Opens a session on a task, and closes it in any case, without waiting. Raises EnvironmentFault.
 
-        While the server is full, waits for up to the deadline of a reset. Once the environment was described, the
-        session's lease is renewed while no step is asked for; one that is lost all the same fails its next step.
+        While the server is full, waits for up to the deadline of a reset; then raises EnvironmentFull. Once the
+        environment was described, the session's lease is renewed while no step is asked for; one that is lost
+        all the same fails its next step.
         """
         episode: Episode | None = None
         try:
@@ -203,6 +204,8 @@ class EnvironmentClient:
             )
 
     def _fault(self, failed: CallFailed) -> EnvironmentFault:
+        if failed.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return EnvironmentFull(f"the environment at {self.address} is full: {failed.details}")
         is_data = (
             failed.fault == FaultKind.DATA if failed.fault else failed.code is grpc.StatusCode.OUT_OF_RANGE
         )

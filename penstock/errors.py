@@ -101,3 +101,7 @@ class EnvironmentFault(PenstockError):
     def __init__(self, message: str, *, kind: FaultKind = FaultKind.INFRASTRUCTURE) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+class EnvironmentFull(EnvironmentFault):
+    """It had no room for another session by the deadline, which is nobody's fault."""

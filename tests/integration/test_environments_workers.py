@@ -15,7 +15,7 @@ from environments.client import EnvironmentClient
 from environments.worker_process import OUTPUT_BYTES_A_MINUTE
 from penstock import rpc
 from penstock.codec import task_to_wire
-from penstock.errors import ConfigError, EnvironmentFault, FaultKind
+from penstock.errors import ConfigError, EnvironmentFault, EnvironmentFull, FaultKind
 from penstock.trajectory import Reward, Task
 from penstock.v1 import environment_pb2 as pb
 from penstock.v1 import trajectory_pb2
@@ -193,6 +193,16 @@ async def test_a_driver_waits_while_all_workers_are_taken() -> None:
             assert (await first.step("go on")).messages
             assert not second.done()
         assert second.result() == RIGHT
+
+
+async def test_a_server_that_stays_full_is_at_no_fault() -> None:
+    async with (
+        serving(STEPPED, workers=1) as address,
+        EnvironmentClient(address, reset_timeout_seconds=0.5) as client,
+        client.session(session_id="first", fence=1, task=TASK),
+    ):
+        with pytest.raises(EnvironmentFull, match="1 sessions are open"):
+            await play(client, TASK, "second", "end")
 
 
 async def test_a_session_without_calls_expires_and_frees_its_worker() -> None:
