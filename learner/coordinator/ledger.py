@@ -404,7 +404,7 @@ class Ledger:
                 gone = tables.apply(self._db, records, self._segments)
                 self._segments.sync()
             self._segments.delete(gone)
-        except (apsw.Error, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - a writer that died of it would leave every commit waiting
             return self._fatal(
                 f"{self.path}: a commit failed, nothing more is acknowledged: {database.explain(error)}"
             )
