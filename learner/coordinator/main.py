@@ -41,6 +41,7 @@ from penstock.codec import manifest_from_wire
 from penstock.errors import ConfigError, EnvironmentFault, LedgerError, Stopped
 from penstock.memory import collect_rarely, keep_arrays
 from penstock.policy_files import PolicyFolder, read_policy_folder
+from penstock.processes import allow_most_files
 from penstock.signals import Stop
 from penstock.tasks import task_group
 from penstock.v1 import (
@@ -79,6 +80,7 @@ class _Environments:
 def main(argv: Sequence[str]) -> int:
     parent.follow(signal.SIGKILL)
     log.configure()
+    allow_most_files()
     settings = config.load(
         RunConfig, argv, prog="python -m learner.coordinator", description="Coordinate a run."
     )
