@@ -183,7 +183,7 @@ class Scheduler:
         """Goes on from a ledger. Leases wait for their actors to join again and name them."""
         self._num_sessions, self.grants.next_group_id = num_sessions, next_group_id
         self.docket.restore()
-        self.board.hold(open_groups)
+        self.board.hold(open_groups, given=assigned)
         self.lineage.restore(epoch=epoch, from_step=from_step, versions=versions, assigned=assigned)
         for group_id, slot, attempt in live_leases:
             held = self.groups[group_id].slots[slot]
@@ -192,6 +192,10 @@ class Scheduler:
             lease = self.leases.grant(group_id=group_id, slot=slot, attempt=attempt, session_id="", now=now)
             held.lease_ids.append(lease.lease_id)
             lease.deadline = now + self._config.dead_seconds
+        for group in list(self.groups.values()):
+            # Only of a run that goes on with smaller budgets of faults.
+            if group.is_settled and not group.is_ready:
+                self.board.end_if_useless(group)
 
     # -- sessions -----------------------------------------------------------------------
 
