@@ -229,12 +229,17 @@ def _restore(
         assigned=found.assigned,
         live_leases=found.live_leases,
         versions=found.versions,
+        paused=found.paused,
         now=time.monotonic(),
     )
     scheduler.evaluations.restore(found.evaluations, time.monotonic())
     if found.next_group_id:
         _log.info(
             "run %s goes on: %d groups open, epoch %d", found.run_id, len(found.open_groups), found.epoch
+        )
+    if found.paused:
+        _log.warning(
+            "run %s was paused by an operator and still is: `penstock resume` ends that", found.run_id
         )
     return scheduler
 

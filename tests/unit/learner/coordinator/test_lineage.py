@@ -83,6 +83,20 @@ def test_a_coordinator_started_again_hands_out_the_same_batch(tmp_path: Path):
     ledger.close()
 
 
+def test_a_paused_run_stays_paused_until_an_operator_resumes_it(tmp_path: Path):
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    scheduler = make_scheduler(history=ledger)
+    for paused in (True, False):
+        scheduler.set_paused(paused)
+        ledger.write_blocking(scheduler.take_records())
+        scheduler = make_scheduler(history=ledger)
+        restore(scheduler, ledger.recover())
+        version = start(scheduler)
+        assert bool(acquire(scheduler, join(scheduler), version, 1)) is not paused
+        ledger.write_blocking(scheduler.take_records())
+    ledger.close()
+
+
 def missing(scheduler: Scheduler) -> dict[int, int]:
     return {group_id: group.num_missing for group_id, group in scheduler.groups.items()}
 
