@@ -166,7 +166,7 @@ async def _run(
             keep_arrays()
             collect_rarely()
             print(f"coordinator ready on {host}:{port}", flush=True)  # noqa: T201
-            with Watchdog() as loop_watchdog, Watchdog() as ledger_watchdog:
+            with Watchdog() as loop_watchdog, Watchdog(guards_interpreter=False) as ledger_watchdog:
                 coordinator.watchdog = ledger_watchdog
                 await _until_stopped(coordinator, broadcasts, loop_watchdog)
     finally:
