@@ -13,13 +13,14 @@ and too many of them end the learner; the same command resumes the run.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import uvloop
@@ -32,6 +33,7 @@ from penstock.policy_files import read_policy_folder
 from penstock.processes import Child
 from penstock.signals import Stop
 from penstock.tasks import unless_stopped
+from penstock.weights.file_locks import try_open_lock
 
 _log = logging.getLogger(__name__)
 
@@ -61,23 +63,36 @@ def main(argv: Sequence[str]) -> int:
 async def _supervise(settings: RunConfig) -> int:
     stop = Stop()
     stop.on_signals()
-    _write_config(settings)
-    programs = _Programs(settings, stop)
-    try:
-        if await programs.start():
-            await programs.keep()
-    finally:
-        status = await programs.end()
+    with claim(settings):
+        programs = _Programs(settings, stop)
+        try:
+            if await programs.start():
+                await programs.keep()
+        finally:
+            status = await programs.end()
     return status
 
 
-def _write_config(settings: RunConfig) -> None:
-    """The resolved configuration, for every process of the run. Raises ConfigError."""
-    try:
-        settings.run_dir.mkdir(parents=True, exist_ok=True)
-        (settings.run_dir / "config.toml").write_text(config.to_toml(settings), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"run_dir {settings.run_dir} cannot be written: {error}") from error
+@contextlib.contextmanager
+def claim(settings: RunConfig) -> Iterator[None]:
+    """Holds the run's folder against other learners, and writes the resolved configuration into it.
+
+    Every process of the run reads it, also one that is started again. Raises ConfigError.
+    """
+    folder, name = settings.run_dir, "config.toml"
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = try_open_lock(folder / "learner.lock")
+            if lock is None:
+                raise ConfigError(f"{folder}: another learner is running in this folder; stop it first")
+            held.callback(os.close, lock)
+            aside = folder / f".{name}"
+            aside.write_text(config.to_toml(settings), encoding="utf-8")
+            aside.replace(folder / name)
+        except OSError as error:
+            raise ConfigError(f"run_dir {folder} cannot be written: {error}") from error
+        yield
 
 
 class Restarts:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 from collections.abc import Sequence
 
@@ -82,3 +83,9 @@ class Child:
                 with contextlib.suppress(ProcessLookupError):
                     self._process.kill()
         return await self._process.wait()
+
+
+def allow_most_files() -> None:
+    """Lets this process open as many files as the system allows it: a connection is one, and 1,024 are soon used up."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -35,7 +35,10 @@ class Watchdog:
         end: Callable[[int], None] = os._exit,
         clock: Callable[[], float] = time.monotonic,
         look_seconds: float = _LOOK_SECONDS,
+        guards_interpreter: bool = True,
     ) -> None:
+        """guards_interpreter: also sets faulthandler's timer, of which a process has one: let one watchdog do so."""
+        self._guards_interpreter = guards_interpreter
         self._end = end
         self._clock = clock
         self._look_seconds = look_seconds
@@ -60,12 +63,14 @@ class Watchdog:
         """what: that which must end, or happen again, within `seconds`."""
         with self._lock:
             self._what, self._seconds, self._deadline = what, seconds, self._clock() + seconds
-        faulthandler.dump_traceback_later(_INTERPRETER_FACTOR * seconds, exit=True)
+        if self._guards_interpreter:
+            faulthandler.dump_traceback_later(_INTERPRETER_FACTOR * seconds, exit=True)
 
     def disarm(self) -> None:
         with self._lock:
             self._deadline = None
-        faulthandler.cancel_dump_traceback_later()
+        if self._guards_interpreter:
+            faulthandler.cancel_dump_traceback_later()
 
     def look(self) -> None:
         """Looks at the clock once; the thread does so all the time."""

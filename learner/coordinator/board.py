@@ -6,7 +6,7 @@ trainer takes complete groups off it (`learner.coordinator.lineage`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from learner.config import FleetConfig
 from learner.coordinator.admission import Admission
@@ -81,9 +81,14 @@ class Board:
         self.groups[group.group_id] = group
         self._maybe_free.add(group.group_id)
 
-    def hold(self, groups: Sequence[Group]) -> None:
-        """Takes groups from the ledger."""
+    def hold(self, groups: Sequence[Group], *, given: Collection[int] = ()) -> None:
+        """Takes groups from the ledger.
+
+        given: those that the trainer was given at some time: it is given them again as they were.
+        """
         for group in groups:
+            for slot in group.missing_slots:
+                slot.given_up = group.group_id in given or self._is_spent(slot)
             group.due = self._admission.due(group.born.step)
             self._recent.pop(group.group_id, None)
             self.open(group)
@@ -131,7 +136,10 @@ class Board:
     def _count_end(self, slot: Slot, outcome: LeaseOutcome) -> None:
         """Gives an unfilled slot up when its budget of faults is spent."""
         slot.faults[outcome] += 1
-        slot.given_up = (
+        slot.given_up = self._is_spent(slot)
+
+    def _is_spent(self, slot: Slot) -> bool:
+        return (
             slot.faults[LeaseOutcome.INFRASTRUCTURE] + slot.faults[LeaseOutcome.ENGINE]
             >= self._fleet.infrastructure_budget
             or slot.faults[LeaseOutcome.DATA] >= self._fleet.data_budget

@@ -147,7 +147,11 @@ class Coordinator:
         return sum(session.stats.tokens_per_second for session in self.scheduler.fleet.sessions())
 
     async def refresh_totals(self) -> Totals:
-        self.totals = await asyncio.to_thread(self.ledger.totals)
+        """Counts anew, to be displayed; what cannot be read now leaves the count that there was."""
+        try:
+            self.totals = await asyncio.to_thread(self.ledger.totals)
+        except LedgerError as error:
+            _log.warning("the totals stay as they were: %s", error)
         return self.totals
 
     def note_disk(self, reading: Reading) -> None:

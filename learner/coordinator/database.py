@@ -82,7 +82,7 @@ def open_reader(path: Path) -> apsw.Connection:
 
 
 def explain(error: BaseException) -> str:
-    """What an error of SQLite means for the ledger."""
+    """What an error, mostly SQLite's, means for the ledger."""
     while isinstance(error.__context__, apsw.Error | OSError):
         # SQLite has rolled back by itself, and undoing it once more failed: the first error tells why.
         error = error.__context__
@@ -90,6 +90,8 @@ def explain(error: BaseException) -> str:
         return {errno.EIO: "disk I/O error", errno.ENOSPC: "the disk is full"}.get(
             error.errno or 0, str(error)
         )
+    if not isinstance(error, apsw.Error):
+        return repr(error)
     return _DAMAGED if getattr(error, "extendedresult", None) == _WRONG_CHECKSUM else str(error)
 
 

@@ -75,6 +75,8 @@ class Recovered:
     versions: dict[PolicyVersion, str]
     """Digest of every version ever published."""
     finished: bool
+    paused: bool
+    """By an operator, who has not resumed it since."""
     newest: PublishedVersion | None
     """The newest of the newest lineage."""
     evaluations: RecoveredEvaluations = field(default_factory=RecoveredEvaluations)
@@ -190,6 +192,7 @@ class Ledger:
             live_leases=tuple((row[0], row[1], row[2]) for row in live),
             versions={PolicyVersion(epoch, step): digest for epoch, step, digest in versions},
             finished="finished" in meta,
+            paused="paused" in meta,
             newest=self._newest_version(epoch),
             evaluations=evaluation_history.recover(self._rows),
         )
@@ -404,7 +407,7 @@ class Ledger:
                 gone = tables.apply(self._db, records, self._segments)
                 self._segments.sync()
             self._segments.delete(gone)
-        except (apsw.Error, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - a writer that died of it would leave every commit waiting
             return self._fatal(
                 f"{self.path}: a commit failed, nothing more is acknowledged: {database.explain(error)}"
             )

@@ -72,7 +72,7 @@ class Lineage:
         self.epoch += 1
         self._from_step = step
         self.version, self._board.assigned, self.waiting, self.finished = None, None, None, False
-        self._board.hold(reopened)
+        self._board.hold(reopened, given={group.group_id for group in reopened})
         reborn = self._board.bear_again(self._first)
         max_lag = self._schedule.max_lag
         self._journal.record(LineageOpened(epoch=self.epoch, step=step, max_lag=max_lag, reborn=reborn))

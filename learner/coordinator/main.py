@@ -20,6 +20,7 @@ import uvloop
 from environments.base import Description
 from environments.client import EnvironmentClient
 from learner.config import RunConfig
+from learner.coordinator import descriptions
 from learner.coordinator.actor_service import ActorService, Welcome
 from learner.coordinator.ballast import Ballast
 from learner.coordinator.broadcasts import Broadcasts
@@ -41,6 +42,7 @@ from penstock.codec import manifest_from_wire
 from penstock.errors import ConfigError, EnvironmentFault, LedgerError, Stopped
 from penstock.memory import collect_rarely, keep_arrays
 from penstock.policy_files import PolicyFolder, read_policy_folder
+from penstock.processes import allow_most_files
 from penstock.signals import Stop
 from penstock.tasks import task_group
 from penstock.v1 import (
@@ -59,6 +61,8 @@ from penstock.weights.segment import writer_is_alive
 _log = logging.getLogger(__name__)
 
 ENVIRONMENT_PATIENCE_SECONDS = 60.0
+KNOWN_ENVIRONMENT_PATIENCE_SECONDS = 5.0
+"""With one that the run knows from before: it goes on without an answer."""
 FAREWELL_SECONDS = 3.0
 """For how long, at least, a finished run still answers."""
 ACTORS_LEAVE_SECONDS = 10.0
@@ -74,11 +78,14 @@ class _Environments:
     """Of training and of evaluations."""
     sources: tuple[TaskSource, ...]
     evaluated: tuple[EvaluationSource, ...]
+    silent: tuple[str, ...]
+    """Addresses where nobody answered: what is known of them is from before."""
 
 
 def main(argv: Sequence[str]) -> int:
     parent.follow(signal.SIGKILL)
     log.configure()
+    allow_most_files()
     settings = config.load(
         RunConfig, argv, prog="python -m learner.coordinator", description="Coordinate a run."
     )
@@ -125,6 +132,8 @@ async def _run(
     coordinator = Coordinator(
         scheduler, ledger, stop, run_id=found.run_id, disk=settings.ledger.disk, on_full_disk=on_full_disk
     )
+    for address in environments.silent:
+        scheduler.note_event("environment", f"{address} does not answer; going on with what it said before")
     weights_server = ZeromqServer(f"tcp://{host}:0")
     broadcasts = Broadcasts(coordinator, settings.weights, host=host, device=settings.training.device)
     publications = Publications(weights_server, broadcasts.offer)
@@ -164,7 +173,7 @@ async def _run(
             keep_arrays()
             collect_rarely()
             print(f"coordinator ready on {host}:{port}", flush=True)  # noqa: T201
-            with Watchdog() as loop_watchdog, Watchdog() as ledger_watchdog:
+            with Watchdog() as loop_watchdog, Watchdog(guards_interpreter=False) as ledger_watchdog:
                 coordinator.watchdog = ledger_watchdog
                 await _until_stopped(coordinator, broadcasts, loop_watchdog)
     finally:
@@ -227,12 +236,17 @@ def _restore(
         assigned=found.assigned,
         live_leases=found.live_leases,
         versions=found.versions,
+        paused=found.paused,
         now=time.monotonic(),
     )
     scheduler.evaluations.restore(found.evaluations, time.monotonic())
     if found.next_group_id:
         _log.info(
             "run %s goes on: %d groups open, epoch %d", found.run_id, len(found.open_groups), found.epoch
+        )
+    if found.paused:
+        _log.warning(
+            "run %s was paused by an operator and still is: `penstock resume` ends that", found.run_id
         )
     return scheduler
 
@@ -257,14 +271,19 @@ def _resume(coordinator: Coordinator, publications: Publications, found: Recover
 
 
 async def _describe(settings: RunConfig, stop: Stop) -> _Environments:
-    """Asks every environment what it is. Raises ConfigError if one does not answer in time."""
+    """Asks every environment what it is. Raises ConfigError if one that is new to the run does not answer in time."""
     evaluated = settings.evaluation.environments or settings.environments
     if not settings.evaluation.every_steps:
         evaluated = ()
+    known_before = descriptions.load(settings.run_dir)
+    silent: list[str] = []
     described: dict[str, Description] = {}
     for address in dict.fromkeys((*settings.environments, *evaluated)):
         async with EnvironmentClient(address) as client:
-            description = await _patiently(client, address, stop)
+            known = known_before.get(address)
+            description = await _patiently(client, address, stop, known)
+            if description is known:
+                silent.append(address)
         if description.name in {known.name for known in described.values()}:
             raise ConfigError(
                 f"environment {description.name!r} is served at two addresses; expected distinct names"
@@ -273,6 +292,7 @@ async def _describe(settings: RunConfig, stop: Stop) -> _Environments:
     for address in settings.environments:
         if TRAIN not in described[address].splits:
             raise ConfigError(f"environment {described[address].name!r} at {address} has no split {TRAIN!r}")
+    descriptions.save(settings.run_dir, described)
     endpoints = [
         coordinator_pb2.EnvironmentEndpoint(
             name=description.name,
@@ -291,6 +311,7 @@ async def _describe(settings: RunConfig, stop: Stop) -> _Environments:
         tuple(endpoints),
         tuple(sources),
         tuple(_evaluated(address, described[address], num_prompts) for address in evaluated),
+        tuple(silent),
     )
 
 
@@ -307,13 +328,20 @@ def _evaluated(address: str, description: Description, num_prompts: int) -> Eval
     return EvaluationSource(environment=description.name, num_prompts=min(num_prompts, num_tasks))
 
 
-async def _patiently(client: EnvironmentClient, address: str, stop: Stop) -> Description:
-    deadline = time.monotonic() + ENVIRONMENT_PATIENCE_SECONDS
+async def _patiently(
+    client: EnvironmentClient, address: str, stop: Stop, known: Description | None
+) -> Description:
+    """known: what the environment said when the run went on last; taken if it does not answer."""
+    patience = ENVIRONMENT_PATIENCE_SECONDS if known is None else KNOWN_ENVIRONMENT_PATIENCE_SECONDS
+    deadline = time.monotonic() + patience
     while True:
         try:
             return await client.describe()
         except EnvironmentFault as fault:
             left = deadline - time.monotonic()
+            if left <= 0 and known is not None:
+                _log.warning("environment %s (%s) does not answer; going on: %s", known.name, address, fault)
+                return known
             if left <= 0:
                 raise ConfigError(
                     f"environment {address}: {fault}; start it with `penstock env serve`, or correct "

@@ -182,6 +182,13 @@ class RunFinished:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PauseSet:
+    """An operator paused the run, or resumed it: it stays so until the next time."""
+
+    paused: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EventLogged:
     kind: str
     message: str
@@ -206,6 +213,7 @@ Record = (
     | LineageOpened
     | CheckpointWritten
     | RunFinished
+    | PauseSet
     | EventLogged
     | EvaluationRecord
 )

@@ -38,6 +38,7 @@ from learner.coordinator.leases import LeaseTable, RolloutReport
 from learner.coordinator.lineage import Lineage
 from learner.coordinator.outages import Outages
 from learner.coordinator.records import (
+    PauseSet,
     Record,
     SessionClosed,
     SessionOpened,
@@ -178,12 +179,14 @@ class Scheduler:
         assigned: Sequence[int],
         live_leases: Sequence[tuple[int, int, int]],
         versions: dict[PolicyVersion, str],
+        paused: bool,
         now: float,
     ) -> None:
         """Goes on from a ledger. Leases wait for their actors to join again and name them."""
         self._num_sessions, self.grants.next_group_id = num_sessions, next_group_id
+        self.paused = paused
         self.docket.restore()
-        self.board.hold(open_groups)
+        self.board.hold(open_groups, given=assigned)
         self.lineage.restore(epoch=epoch, from_step=from_step, versions=versions, assigned=assigned)
         for group_id, slot, attempt in live_leases:
             held = self.groups[group_id].slots[slot]
@@ -192,6 +195,10 @@ class Scheduler:
             lease = self.leases.grant(group_id=group_id, slot=slot, attempt=attempt, session_id="", now=now)
             held.lease_ids.append(lease.lease_id)
             lease.deadline = now + self._config.dead_seconds
+        for group in list(self.groups.values()):
+            # Only of a run that goes on with smaller budgets of faults.
+            if group.is_settled and not group.is_ready:
+                self.board.end_if_useless(group)
 
     # -- sessions -----------------------------------------------------------------------
 
@@ -317,8 +324,9 @@ class Scheduler:
         self._journal.event(kind, message)
 
     def set_paused(self, paused: bool) -> None:
-        """While paused no lease is granted; what is leased goes on."""
+        """While paused no lease is granted; what is leased goes on. A restart changes nothing."""
         self.paused = paused
+        self._journal.record(PauseSet(paused=paused))
         self._journal.event("paused" if paused else "resumed", "by an operator")
 
     # -- leases -----------------------------------------------------------------------

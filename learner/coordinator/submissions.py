@@ -25,6 +25,7 @@ from penstock.trajectory import PolicyVersion, Task, VersionSpan
 from penstock.v1 import trajectory_pb2
 
 _TaskKey = tuple[str, str, int, int]
+_MAX_TASK_INDEX = 2**63 - 1
 _TRAJECTORY_ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -175,6 +176,11 @@ def _misformed(
         return Rejected(
             RejectionCode.BAD_ID,
             f"trajectory_id is {message.trajectory_id[:40]!r}; expected 32 hexadecimal digits",
+        )
+    if message.task.index > _MAX_TASK_INDEX:
+        return Rejected(
+            RejectionCode.WRONG_TASK,
+            f"task.index is {message.task.index}; expected at most {_MAX_TASK_INDEX}, as the ledger can hold",
         )
     num_tokens = len(arrays.loss_mask)
     if not len(arrays.token_ids) == len(arrays.logprobs) == 4 * num_tokens > 0:

@@ -28,6 +28,7 @@ from learner.coordinator.records import (
     LeaseGranted,
     LineageOpened,
     PartialStored,
+    PauseSet,
     Record,
     RunFinished,
     SequenceAdvanced,
@@ -354,6 +355,12 @@ def _run_finished(db: _Transaction, r: RunFinished) -> None:
     db.execute("INSERT OR REPLACE INTO meta VALUES ('finished', ?)", (str(r.step),))
 
 
+def _pause_set(db: _Transaction, r: PauseSet) -> None:
+    db.execute("DELETE FROM meta WHERE name = 'paused'")
+    if r.paused:
+        db.execute("INSERT INTO meta VALUES ('paused', '')")
+
+
 def _move(db: _Transaction, count: int, before: TrajectoryState, after: TrajectoryState) -> None:
     db.add(f"state:{before}", -count)
     db.add(f"state:{after}", count)
@@ -387,6 +394,7 @@ _SINGLY: dict[type, Callable[[_Transaction, Any], None]] = {
     LineageOpened: _lineage_opened,
     CheckpointWritten: _checkpoint_written,
     RunFinished: _run_finished,
+    PauseSet: _pause_set,
     **evaluation_tables.SINGLY,
 }
 """Records that change what others wrote, and so stay in their place among them."""

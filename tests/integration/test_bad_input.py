@@ -168,8 +168,12 @@ def test_a_second_learner_in_the_same_folder_is_refused(tmp_path: Path):
     with cluster(tmp_path) as made:
         made.environment("toy_environments:Letters")
         made.learner(num_steps=10)
-        message = refused(made.start("second", "learner", "run.toml", "--bind", "127.0.0.1:0"))
+        resolved = (made.run_dir / "config.toml").read_text()
+        message = refused(made.start("second", "learner", "run.toml", "--seed", "7"))
         assert "another learner is running in this folder" in message
+        assert (made.run_dir / "config.toml").read_text() == resolved, (
+            "what the first one's programs start with"
+        )
 
 
 def test_an_actor_listens_beyond_loopback_for_broadcasts_only_if_it_is_told_to(run: Cluster):

@@ -83,3 +83,17 @@ def test_a_coordinator_that_cannot_start_ends_the_learner_with_its_reason(run: C
     learner = run.start("learner", "learner", "run.toml")
     assert learner.wait() == 4
     assert "not a database" in learner.output()
+
+
+def test_a_coordinator_that_starts_again_goes_on_while_an_environment_is_down(run: Cluster):
+    environment = run.environment("toy_environments:Letters")
+    learner = run.learner(num_steps=4)
+    environment.kill()
+    child(learner, "learner.coordinator").kill()
+    events = "SELECT message FROM events WHERE kind = 'environment'"
+    ((message,),) = wait_until(lambda: run.rows(events), "the event")
+    assert message.startswith(run.environments[0])
+    run.start("again", "env", "serve", "toy_environments:Letters", "--bind", run.environments[0])
+    run.actor("a1")
+    assert learner.wait() == 0
+    check_balance(run, num_steps=4)

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from penstock.errors import WeightTransferError
 from penstock.weights.manifest import Blob, Medium, SharedMemoryMedium
 from penstock.weights.media.base import Chunk, Patience
-from penstock.weights.segment import Segment, open_segment
+from penstock.weights.segment import Segment, open_segment, segment_path
 
 
 class SharedMemoryReceiver:
-    """Keeps what it mapped: the ring's few segments come back again and again."""
+    """Keeps what it mapped: the ring's few segments come back again and again, as long as their files are there."""
 
     def __init__(self, *, num_segments: int = 8) -> None:
         self._num_segments = num_segments
@@ -49,6 +49,8 @@ class SharedMemoryReceiver:
         segment = self._mapped.get(medium.name)
         if segment is None or segment.capacity < num_bytes:
             segment = open_segment(medium, num_bytes)
+            for name in [name for name in self._mapped if segment_path(name) is None]:
+                del self._mapped[name]
             if len(self._mapped) >= self._num_segments:
                 self._mapped.pop(next(iter(self._mapped)))
             self._mapped[medium.name] = segment

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from learner.main import MOST_RESTARTS, Restarts, end_of, steps_done
-from penstock.errors import PenstockError
+from learner.config import RunConfig, ScheduleConfig
+from learner.main import MOST_RESTARTS, Restarts, claim, end_of, steps_done
+from penstock.errors import ConfigError, PenstockError
 from penstock.processes import Child
 
 
@@ -48,6 +49,26 @@ def test_a_torn_line_of_metrics_is_no_step(tmp_path: Path):
     with metrics.open("a") as file:
         file.write('{"step": 4')
     assert steps_done(metrics) == 3
+
+
+def test_a_run_folder_is_one_learners_until_it_ends(tmp_path: Path):
+    def settings(seed: int) -> RunConfig:
+        return RunConfig(
+            policy=tmp_path, environments=("localhost:1",), run_dir=tmp_path / "run", seed=seed,
+            schedule=ScheduleConfig(num_steps=1),
+        )  # fmt: skip
+
+    written = tmp_path / "run" / "config.toml"
+    with claim(settings(1)):
+        first = written.read_text()
+        with (
+            pytest.raises(ConfigError, match="another learner is running in this folder"),
+            claim(settings(2)),
+        ):
+            pass
+        assert written.read_text() == first
+    with claim(settings(2)):
+        assert written.read_text() != first
 
 
 async def python(code: str) -> Child:

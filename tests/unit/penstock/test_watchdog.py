@@ -30,6 +30,17 @@ def forget_to_return():
 asyncio.run(main())
 """
 
+HOLDS_THE_INTERPRETER = """
+import time
+from penstock.watchdog import Watchdog
+
+loop, ledger = Watchdog(), Watchdog(guards_interpreter=False)
+loop.arm("the event loop", 0.1)
+ledger.arm("a commit", 100.0)
+ledger.disarm()
+time.sleep(30)  # no watchdog's thread runs
+"""
+
 
 class Clock:
     now = 100.0
@@ -93,3 +104,10 @@ def test_an_event_loop_that_hangs_ends_its_process_with_the_reason_and_the_stack
     assert done.returncode == 70
     assert "the event loop: nothing for 2 s" in done.stderr
     assert "forget_to_return" in done.stderr
+
+
+def test_a_second_watchdog_leaves_the_firsts_timer_alone():
+    code = [sys.executable, "-c", HOLDS_THE_INTERPRETER]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "Timeout (" in done.stderr

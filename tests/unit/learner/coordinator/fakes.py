@@ -104,6 +104,7 @@ def restore(scheduler: Scheduler, found: Recovered, *, now: float = 0.0) -> None
         assigned=found.assigned,
         live_leases=found.live_leases,
         versions=found.versions,
+        paused=found.paused,
         now=now,
     )
     scheduler.evaluations.restore(found.evaluations, now)

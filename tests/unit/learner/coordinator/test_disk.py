@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from learner.coordinator.ballast import Ballast
 from learner.coordinator.core import NO_LIMITS, Coordinator
 from learner.coordinator.disk import DiskGuard, Reading, Room
 from learner.coordinator.ledger import Ledger
+from learner.coordinator.records import ItemsRefused
 from penstock.errors import ConfigError, LedgerError
+from penstock.processes import allow_most_files
 from penstock.signals import Stop
 
 from .fakes import Submitter, acquire, join, make_message, make_scheduler, start
@@ -92,6 +95,26 @@ def test_a_filling_disk_stops_leases_and_takes_what_is_leased_and_a_full_one_end
     coordinator.note_disk(used(98))
     assert [error.exit_status for error in ends] == [4]
     assert not acquire(scheduler, submit.session_id, version, 1)
+    ledger.close()
+
+
+async def test_a_process_without_a_file_to_spare_keeps_its_totals_and_its_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    coordinator = Coordinator(make_scheduler(history=ledger), ledger, Stop(), run_id="r")
+    await coordinator.refresh_totals()  # starts the thread
+    await ledger.write([ItemsRefused(duplicates=1)])
+    before, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, most))
+        assert (await coordinator.refresh_totals()).duplicates == 0
+        assert "the totals stay as they were" in caplog.text
+        allow_most_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most)
+        assert (await coordinator.refresh_totals()).duplicates == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before, most))
     ledger.close()
 
 

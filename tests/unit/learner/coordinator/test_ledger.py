@@ -322,6 +322,17 @@ async def test_nothing_is_acknowledged_after_a_failed_commit(path: Path):
     ledger.close()
 
 
+def test_a_value_that_sqlite_cannot_hold_is_fatal_and_leaves_nobody_waiting(path: Path):
+    failures: list[LedgerError] = []
+    ledger = Ledger(path, on_fatal=failures.append)
+    for record in (stored(0, 0, num_sampled=2**63), stored(0, 1)):
+        with pytest.raises(LedgerError, match="OverflowError"):
+            ledger.write_blocking([*group(0), record], timeout_seconds=10.0)
+    assert len(failures) == 1
+    assert ledger.totals().accepted == 0
+    ledger.close()
+
+
 def test_two_learners_cannot_share_a_folder(path: Path):
     first = Ledger(path)
     with pytest.raises(ConfigError, match="another learner is running"):

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from learner.config import FleetConfig
 from learner.coordinator.decisions import Batch
+from learner.coordinator.groups import LeaseOutcome
 from learner.coordinator.ledger import Ledger
 from learner.coordinator.scheduler import Scheduler
 from penstock.errors import ProtocolError
@@ -78,6 +80,86 @@ def test_a_coordinator_started_again_hands_out_the_same_batch(tmp_path: Path):
     assert [m.trajectory_id for g in after.groups for m in g.members] == [
         m.trajectory_id for g in before.groups for m in g.members
     ]
+    ledger.close()
+
+
+def test_a_paused_run_stays_paused_until_an_operator_resumes_it(tmp_path: Path):
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    scheduler = make_scheduler(history=ledger)
+    for paused in (True, False):
+        scheduler.set_paused(paused)
+        ledger.write_blocking(scheduler.take_records())
+        scheduler = make_scheduler(history=ledger)
+        restore(scheduler, ledger.recover())
+        version = start(scheduler)
+        assert bool(acquire(scheduler, join(scheduler), version, 1)) is not paused
+        ledger.write_blocking(scheduler.take_records())
+    ledger.close()
+
+
+def missing(scheduler: Scheduler) -> dict[int, int]:
+    return {group_id: group.num_missing for group_id, group in scheduler.groups.items()}
+
+
+def test_a_slot_that_was_given_up_stays_so_when_the_coordinator_or_the_trainer_starts_again(tmp_path: Path):
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    options = {"groups_per_step": 1, "group_size": 3, "max_lag": 2}
+    scheduler = make_scheduler(history=ledger, **options)
+    version = start(scheduler)
+    submit = Submitter(scheduler, join(scheduler))
+    for _ in range(FleetConfig().data_budget):
+        (broken,) = acquire(scheduler, submit.session_id, version, 1)
+        submit.release(broken, LeaseOutcome.DATA)
+    for lease in acquire(scheduler, submit.session_id, version, 4):
+        submit(make_message(lease, version))
+    # Of the second group two slots are filled, and the third is given up as too late.
+    scheduler.board.train_without_missing(scheduler.groups[1], "late")
+    assert missing(scheduler) == {0: 0, 1: 0}
+    assert step(scheduler) == (0,)
+    ledger.write_blocking(scheduler.take_records())
+
+    scheduler.lineage.open(0, ledger.groups_trained_from(0))
+    assert missing(scheduler) == {0: 0, 1: 0}
+    publish(scheduler, PolicyVersion(2, 0))
+    assert [step(scheduler), step(scheduler)] == [(0,), (1,)]
+    assert not scheduler.groups
+    ledger.write_blocking(scheduler.take_records())
+    # Also in a process that never saw why they lack a trajectory.
+    again = make_scheduler(history=ledger, **options)
+    restore(again, ledger.recover())
+    again.lineage.open(0, ledger.groups_trained_from(0))
+    assert missing(again) == {0: 0, 1: 0}
+    ledger.close()
+
+
+def test_a_restored_group_goes_by_the_faults_of_its_slots_unless_the_trainer_has_it(tmp_path: Path):
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    options = {"groups_per_step": 1, "group_size": 3, "max_lag": 2}
+    scheduler = make_scheduler(history=ledger, **options)
+    version = start(scheduler)
+    submit = Submitter(scheduler, join(scheduler))
+    for lease in acquire(scheduler, submit.session_id, version, 2):
+        submit(make_message(lease, version))
+    scheduler.board.train_without_missing(scheduler.groups[0], "late")
+    scheduler.lineage.next_batch(version.epoch, 0)
+    for _ in range(FleetConfig().data_budget):
+        (broken,) = acquire(scheduler, submit.session_id, version, 1)
+        submit.release(broken, LeaseOutcome.DATA)
+    for lease in acquire(scheduler, submit.session_id, version, 2):
+        submit(make_message(lease, version))
+    submit.release(acquire(scheduler, submit.session_id, version, 1)[0], LeaseOutcome.DATA)
+    ledger.write_blocking(scheduler.take_records())
+    assert missing(scheduler) == {0: 0, 1: 0, 2: 3}
+
+    again = make_scheduler(history=ledger, **options)
+    restore(again, ledger.recover())
+    assert missing(again) == {0: 0, 1: 0, 2: 3}
+    # With smaller budgets nothing of a group may be left to wait for.
+    strict = make_scheduler(history=ledger, fleet=FleetConfig(data_budget=1), **(options | {"group_size": 2}))
+    found = ledger.recover()
+    del found.open_groups[2].slots[2], found.open_groups[2].slots[1]
+    restore(strict, found)
+    assert missing(strict) == {0: 0, 1: 0}
     ledger.close()
 
 

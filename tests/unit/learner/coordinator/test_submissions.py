@@ -59,6 +59,14 @@ def test_bytes_that_are_no_trajectory_are_refused():
     assert rejected.code is RejectionCode.CORRUPT
 
 
+def test_a_task_that_the_ledger_cannot_hold_is_refused():
+    (refused,) = submissions.read([sent(task=Task("words", "train", 2**63, 1))], LIMITS)
+    assert isinstance(refused, Rejected)
+    assert (refused.code, refused.lease_id) == (RejectionCode.WRONG_TASK, "0.0.0")
+    (read,) = submissions.read([sent(task=Task("words", "train", 2**63 - 1, 1))], LIMITS)
+    assert isinstance(read, Submission)
+
+
 def test_the_bad_ones_of_a_message_leave_the_good_ones_alone():
     bad_id, bad_token = sent(trajectory_id="7"), sent(token_ids=np.array([1, 2, 3, 4, -1], dtype=np.int32))
     read_together = submissions.read([sent(), bad_id, sent(), bad_token, sent()], LIMITS)

@@ -6,6 +6,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -78,3 +79,16 @@ def test_a_segment_that_was_mapped_before_is_not_mapped_again(
     for step in range(2, 6):
         list(read(receiver, ring.write(PolicyVersion(1, step), tensors(seed=step))))
     receiver.close()
+
+
+def test_what_a_trainer_that_is_gone_left_is_unmapped_with_the_next_ones_first_version(
+    ring: SegmentRing,
+) -> None:
+    receiver = SharedMemoryReceiver()
+    gone = SegmentRing(name_prefix="penstock-test-gone", num_segments=2, chunk_bytes=CHUNK)
+    for step in range(2):
+        list(read(receiver, gone.write(PolicyVersion(1, step), tensors())))
+    gone.close()
+    assert "penstock-test-gone" in Path("/proc/self/maps").read_text()
+    list(read(receiver, ring.write(PolicyVersion(2, 0), tensors())))
+    assert "penstock-test-gone" not in Path("/proc/self/maps").read_text()
