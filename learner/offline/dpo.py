@@ -13,12 +13,13 @@ import torch
 from learner.algorithms.preference_recipe import PreferenceLoss, PreferenceRecipe
 from learner.offline.config import DpoConfig
 from learner.offline.result import write_result
-from learner.offline.steps import context_of, make_updater, run_steps
+from learner.offline.steps import make_updater, run_steps
 from learner.training.examples import load_tokenizer, read_pairs
 from learner.training.folder import check_output_folder
 from learner.training.model import load_policy
 from learner.training.packing import TokenSequence
 from learner.training.parallel import Ranks
+from learner.training.policy import context_of
 from learner.training.preference import Pair, PairReference, mismatched, reference_of, update_policy
 from learner.training.updater import Updater, UpdateReport
 
@@ -68,13 +69,14 @@ def train_dpo(config: DpoConfig, ranks: Ranks) -> float:
 
 
 def _with_references(updater: Updater, recipe: PreferenceRecipe, pairs: list[Pair]) -> list[_Item]:
-    references = reference_of(updater.score, pairs, recipe)
-    others = mismatched(pairs) if recipe.loss is PreferenceLoss.KTO else None
+    is_kto = recipe.loss is PreferenceLoss.KTO
+    others = mismatched(pairs, max_tokens=context_of(updater.policy)) if is_kto else []
+    references = reference_of(updater.score, pairs, recipe, others=others)
     return [
         _Item(
             pair=pair,
             reference=None if references is None else references[number],
-            other=None if others is None else others[number],
+            other=others[number] if others else None,
         )
         for number, pair in enumerate(pairs)
     ]

@@ -60,18 +60,22 @@ def sequences_of(pairs: Sequence[Pair]) -> list[TokenSequence]:
     return [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
 
 
-def mismatched(pairs: Sequence[Pair]) -> list[TokenSequence]:
-    """Each prompt with the chosen answer of the pair after it: KTO measures the divergence on these."""
+def mismatched(pairs: Sequence[Pair], *, max_tokens: int) -> list[TokenSequence]:
+    """Each prompt with the chosen answer of the pair after it: KTO measures the divergence on these.
+
+    max_tokens: the policy's context. An answer that was given to a shorter prompt is cut to what is left of it.
+    """
     answers = [*pairs[1:], pairs[0]]
-    return [_joined(pair.chosen, other.chosen) for pair, other in zip(pairs, answers, strict=True)]
+    return [
+        _joined(pair.chosen, other.chosen, max_tokens) for pair, other in zip(pairs, answers, strict=True)
+    ]
 
 
-def _joined(prompt_of: TokenSequence, answer_of: TokenSequence) -> TokenSequence:
+def _joined(prompt_of: TokenSequence, answer_of: TokenSequence, max_tokens: int) -> TokenSequence:
     prompt, answer = _first_learned(prompt_of), _first_learned(answer_of)
-    return TokenSequence(
-        token_ids=np.concatenate([prompt_of.token_ids[:prompt], answer_of.token_ids[answer:]]),
-        loss_mask=np.concatenate([prompt_of.loss_mask[:prompt], answer_of.loss_mask[answer:]]),
-    )
+    token_ids = np.concatenate([prompt_of.token_ids[:prompt], answer_of.token_ids[answer:]])
+    loss_mask = np.concatenate([prompt_of.loss_mask[:prompt], answer_of.loss_mask[answer:]])
+    return TokenSequence(token_ids=token_ids[:max_tokens], loss_mask=loss_mask[:max_tokens])
 
 
 def _first_learned(sequence: TokenSequence) -> int:
@@ -87,11 +91,15 @@ def reference_of(
     score: Callable[[Sequence[TokenSequence]], list[NDArray[np.float32]]],
     pairs: Sequence[Pair],
     recipe: PreferenceRecipe,
+    *,
+    others: Sequence[TokenSequence] = (),
 ) -> list[PairReference] | None:
-    """Reference log-probabilities of pairs; None for a loss without a reference. score: of the reference policy."""
+    """Reference log-probabilities of pairs; None for a loss without a reference. score: of the reference policy.
+
+    others: `mismatched` of the pairs; only for KTO.
+    """
     if not recipe.has_reference:
         return None
-    others = mismatched(pairs) if recipe.loss is PreferenceLoss.KTO else []
     sums = [float(part.sum(dtype=np.float64)) for part in score([*sequences_of(pairs), *others])]
     count = len(pairs)
     return [

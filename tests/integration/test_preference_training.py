@@ -9,11 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+)
 
 from learner.algorithms.preference_recipe import PreferenceLoss
 from learner.offline.main import main
-from tests.tiny_policy import write_tiny_policy
+from penstock.errors import ConfigError
+from tests.tiny_policy import EOS_ID, VOCAB_SIZE, write_family, write_tiny_policy
 
 CONFIG = """
 policy = "{folder}/policy"
@@ -75,6 +81,32 @@ def test_a_reward_model_prefers_the_chosen_in_transformers_own_class(tmp_path: P
         for digit in range(10)
     ]
     assert sum(right > wrong for right, wrong in rewards) >= 9
+
+
+def write_short_context(tmp_path: Path, *pairs: dict[str, str]) -> str:
+    """A task for a policy of sixteen positions, which fails where it has more tokens."""
+    path = write_task(tmp_path)
+    sizes = {"n_positions": 16, "n_embd": 32, "n_layer": 1, "n_head": 4}
+    ends = {"bos_token_id": EOS_ID, "eos_token_id": EOS_ID}
+    write_family(tmp_path / "policy", GPT2Config(vocab_size=VOCAB_SIZE, **sizes, **ends))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(pair) for pair in pairs))
+    return str(path)
+
+
+def test_a_reward_model_s_sequences_and_what_stands_behind_them_fit_its_context(tmp_path: Path) -> None:
+    fits = {"prompt": "1" * 10, "chosen": "abcd", "rejected": "b"}
+    assert main(["rm", write_short_context(tmp_path, fits), "--num_steps", "1"]) == 0
+    longer = {**fits, "chosen": "abcde"}
+    config = write_short_context(tmp_path, longer)
+    with pytest.raises(ConfigError, match="has 16 tokens; the policy's context has room for 15"):
+        main(["rm", config, "--num_steps", "1", "--out", str(tmp_path / "second")])
+
+
+def test_kto_cuts_another_pair_s_answer_to_the_context(tmp_path: Path) -> None:
+    long_prompt = {"prompt": "1" * 12, "chosen": "a", "rejected": "b"}
+    long_answer = {"prompt": "2", "chosen": "a" * 13, "rejected": "b"}
+    config = write_short_context(tmp_path, long_prompt, long_answer)
+    assert main(["dpo", config, "--loss", "kto", "--num_steps", "1"]) == 0
 
 
 def test_a_broken_pair_is_named_and_nothing_is_written(tmp_path: Path) -> None:

@@ -64,11 +64,11 @@ def make_pairs(num: int = 5) -> list[Pair]:
 def update(policy, loss: PreferenceLoss, *, row_tokens: int):  # type: ignore[no-untyped-def]
     """The report, and the weights after one update away from the reference."""
     updater, pairs, recipe = make_updater(policy, row_tokens=row_tokens), make_pairs(), settings(loss)
-    references = reference_of(updater.score, pairs, recipe)
+    others = mismatched(pairs, max_tokens=256) if loss is PreferenceLoss.KTO else []
+    references = reference_of(updater.score, pairs, recipe, others=others)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.mul_(1.05)
-    others = mismatched(pairs) if loss is PreferenceLoss.KTO else []
     report = update_policy(updater, pairs, references, recipe, others=others, learning_rate=1e-3)
     return report, torch.cat([p.detach().flatten() for p in policy.parameters()]), references
 
@@ -108,11 +108,20 @@ def test_two_passes_give_the_gradient_of_the_loss_itself(folder: Path, loss: Pre
 
 def test_a_mismatched_answer_is_the_next_pair_s_behind_the_own_prompt() -> None:
     pairs = make_pairs(2)
-    first, second = mismatched(pairs)
+    first, second = mismatched(pairs, max_tokens=256)
     prompt = int(np.argmax(pairs[0].chosen.loss_mask))
     assert first.token_ids[:prompt].tolist() == pairs[0].chosen.token_ids[:prompt].tolist()
     assert first.num_sampled == pairs[1].chosen.num_sampled
     assert second.num_sampled == pairs[0].chosen.num_sampled
+
+
+def test_a_mismatched_answer_is_cut_to_what_the_prompt_leaves_of_the_context() -> None:
+    pairs = make_pairs(2)
+    whole = mismatched(pairs, max_tokens=256)
+    most = max(sequence.num_tokens for sequence in whole) - 1
+    for sequence, cut in zip(whole, mismatched(pairs, max_tokens=most), strict=True):
+        assert cut.token_ids.tolist() == sequence.token_ids[:most].tolist()
+        assert cut.loss_mask.tolist() == sequence.loss_mask[:most].tolist()
 
 
 def test_a_reward_model_learns_to_prefer_the_chosen(folder: Path) -> None:
