@@ -46,7 +46,7 @@ class PairReference:
     chosen: float
     rejected: float
     mismatched: float = 0.0
-    """Of another pair's chosen answer to this pair's prompt; only for KTO."""
+    """Of another pair's chosen answer to this pair's prompt; only for KTO, where prompts differ."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,14 +61,22 @@ def sequences_of(pairs: Sequence[Pair]) -> list[TokenSequence]:
 
 
 def mismatched(pairs: Sequence[Pair], *, max_tokens: int) -> list[TokenSequence]:
-    """Each prompt with the chosen answer of the pair after it: KTO measures the divergence on these.
+    """Each prompt with the chosen answer of the next pair of another prompt: KTO measures the divergence on these.
 
-    max_tokens: the policy's context. An answer that was given to a shorter prompt is cut to what is left of it.
+    Empty where all pairs have the same prompt. max_tokens: the policy's context. An answer that was given to a
+    shorter prompt is cut to what is left of it.
     """
-    answers = [*pairs[1:], pairs[0]]
-    return [
-        _joined(pair.chosen, other.chosen, max_tokens) for pair, other in zip(pairs, answers, strict=True)
-    ]
+    prompts = [pair.chosen.prompt.tobytes() for pair in pairs]
+    if len(set(prompts)) < 2:
+        return []
+    joined = []
+    other = next(index for index, prompt in enumerate(prompts) if prompt != prompts[-1])
+    for index in reversed(range(len(pairs))):
+        following = (index + 1) % len(pairs)
+        if prompts[following] != prompts[index]:
+            other = following
+        joined.append(_joined(pairs[index].chosen, pairs[other].chosen, max_tokens))
+    return joined[::-1]
 
 
 def _joined(prompt_of: TokenSequence, answer_of: TokenSequence, max_tokens: int) -> TokenSequence:
@@ -119,7 +127,10 @@ def update_policy(
     others: Sequence[TokenSequence] = (),
     learning_rate: float,
 ) -> PairReport:
-    """One update of a preference loss. others: `mismatched` of the pairs, in their order; only for KTO."""
+    """One update of a preference loss. others: `mismatched` of the pairs, in their order; only for KTO.
+
+    Without them, KTO's divergence counts as 0.
+    """
     sequences = sequences_of(pairs)
     scores = summed(updater, [*sequences, *others])
     answers = torch.tensor(scores[: len(sequences)], requires_grad=True)

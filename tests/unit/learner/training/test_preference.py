@@ -115,6 +115,27 @@ def test_a_mismatched_answer_is_the_next_pair_s_behind_the_own_prompt() -> None:
     assert second.num_sampled == pairs[0].chosen.num_sampled
 
 
+def test_a_mismatched_answer_is_of_another_prompt_and_there_is_none_where_all_have_the_same() -> None:
+    first, second, third = make_pairs(3)
+    pairs = [first, second, second, third, first]
+    answers = [second, third, third, first, second]
+    for sequence, pair, answer in zip(mismatched(pairs, max_tokens=256), pairs, answers, strict=True):
+        expected = [*pair.chosen.prompt, *answer.chosen.token_ids[len(answer.chosen.prompt) :]]
+        assert sequence.token_ids.tolist() == expected
+    assert mismatched([first], max_tokens=256) == mismatched([second] * 3, max_tokens=256) == []
+
+
+def test_a_lone_pair_s_own_reward_is_not_its_baseline(folder: Path) -> None:
+    policy, pairs, recipe = load_policy(folder), make_pairs(1), settings(PreferenceLoss.KTO)
+    updater = make_updater(policy)
+    others = mismatched(pairs, max_tokens=256)
+    references = reference_of(updater.score, pairs, recipe, others=others)
+    for _ in range(3):
+        report = update_policy(updater, pairs, references, recipe, others=others, learning_rate=1e-2)
+    assert report.metrics["kto_kl"] == 0
+    assert report.metrics["chosen_reward"] > 0
+
+
 def test_a_mismatched_answer_is_cut_to_what_the_prompt_leaves_of_the_context() -> None:
     pairs = make_pairs(2)
     whole = mismatched(pairs, max_tokens=256)
