@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from learner.algorithms import preference
 from learner.algorithms.preference import PairLoss, PairScores
-from learner.algorithms.preference_recipe import PreferenceLoss, PreferenceRecipe
+from learner.algorithms.preference_recipe import BY_TOKEN, PreferenceLoss, PreferenceRecipe
 from learner.algorithms.rewards import bradley_terry
 from learner.algorithms.sums import Sums
 from learner.training.packing import PackedRow, TokenSequence
@@ -197,12 +197,15 @@ def _pair_scores(
 
 
 def _policy_metrics(found: PairScores, recipe: PreferenceRecipe, kl: float) -> dict[str, float]:
-    ratio_P = found.ratio.detach()
+    chosen_P, rejected_P = found.chosen_ratio.detach(), found.rejected_ratio.detach()
+    if recipe.loss in BY_TOKEN:
+        chosen_P, rejected_P = chosen_P / found.chosen_tokens_P, rejected_P / found.rejected_tokens_P
+    ratio_P = chosen_P - rejected_P
     metrics = {
         "accuracy": float((ratio_P > 0).double().mean()),
         "reward_margin": float(recipe.beta * ratio_P.mean()),
-        "chosen_reward": float(recipe.beta * found.chosen_ratio.detach().mean()),
-        "rejected_reward": float(recipe.beta * found.rejected_ratio.detach().mean()),
+        "chosen_reward": float(recipe.beta * chosen_P.mean()),
+        "rejected_reward": float(recipe.beta * rejected_P.mean()),
     }
     return metrics | ({"kto_kl": kl} if recipe.loss is PreferenceLoss.KTO else {})
 

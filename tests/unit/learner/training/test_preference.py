@@ -15,6 +15,8 @@ from learner.training.packing import TokenSequence, pack
 from learner.training.parallel import Ranks
 from learner.training.preference import (
     Pair,
+    _pair_scores,
+    _policy_metrics,
     compose_loss,
     mismatched,
     reference_of,
@@ -96,8 +98,6 @@ def test_two_passes_give_the_gradient_of_the_loss_itself(folder: Path, loss: Pre
     counts = [sequences[member].num_sampled for member in row.members]
     sums = [part.sum() for part in policy(row, temperature=1.0).logprobs_S.double().split(counts)]
     ordered = [sums[row.members.index(i)] for i in range(len(sequences))]
-    from learner.training.preference import _pair_scores
-
     scores = _pair_scores(torch.stack(ordered), pairs, references)
     exact = compose_loss(recipe)(scores).mean()
     exact.backward()
@@ -143,6 +143,27 @@ def test_a_mismatched_answer_is_cut_to_what_the_prompt_leaves_of_the_context() -
     for sequence, cut in zip(whole, mismatched(pairs, max_tokens=most), strict=True):
         assert cut.token_ids.tolist() == sequence.token_ids[:most].tolist()
         assert cut.loss_mask.tolist() == sequence.loss_mask[:most].tolist()
+
+
+@pytest.mark.parametrize(
+    ("loss", "chosen", "rejected"),
+    [(PreferenceLoss.SIGMOID, 4, 2), (PreferenceLoss.SIMPO, 1, 2), (PreferenceLoss.IPO, 1, 2)],
+)
+def test_metrics_compare_what_the_loss_compares(loss: PreferenceLoss, chosen: float, rejected: float) -> None:
+    """A likely token each in a longer chosen answer, an unlikely one in the rejected: means and sums disagree."""
+    scores = torch.tensor([-4.0, -2.0]).double()
+    mask = np.array([0, 1, 1, 1, 1], dtype=np.uint8)
+    longer = TokenSequence(token_ids=np.arange(5, dtype=np.int32), loss_mask=mask)
+    shorter = TokenSequence(token_ids=np.arange(2, dtype=np.int32), loss_mask=mask[:2])
+    found = _pair_scores(scores, [Pair(chosen=longer, rejected=shorter)], None)
+    assert _policy_metrics(found, settings(loss), 0.0) == pytest.approx(
+        {
+            "accuracy": float(chosen < rejected),
+            "reward_margin": 0.3 * (rejected - chosen),
+            "chosen_reward": -0.3 * chosen,
+            "rejected_reward": -0.3 * rejected,
+        }
+    )
 
 
 def test_a_reward_model_learns_to_prefer_the_chosen(folder: Path) -> None:
