@@ -160,12 +160,16 @@ class Checkpoints:
         ranks = self._updater.ranks
         found = newest(self._folder, set_aside=True) if ranks.is_first else None
         if ranks.is_first:
-            for half in self._folder.glob(f".{PREFIX}*.writing"):
-                shutil.rmtree(half, ignore_errors=True)
+            self.delete_unfinished()
         step = int(ranks.maximum(torch.tensor([found.step if found else 0])))
         if step:
             _load(self._folder / f"{PREFIX}{step:08d}", self._updater)
         return step
+
+    def delete_unfinished(self) -> None:
+        """Deletes what a trainer that died had written of another checkpoint."""
+        for half in self._folder.glob(f".{PREFIX}*.writing"):
+            shutil.rmtree(half, ignore_errors=True)
 
     def load(self, step: int) -> None:
         """Loads the checkpoint of a step. Raises ConfigError if there is no sound one."""

@@ -94,6 +94,10 @@ class CheckpointsWithCritic(Checkpoints):
         self._critic.finish()
         return super().finish()
 
+    def delete_unfinished(self) -> None:
+        super().delete_unfinished()
+        self._critic.delete_unfinished()
+
     def resume(self) -> int:
         step = super().resume()
         if step:

@@ -278,3 +278,13 @@ def test_a_critic_s_checkpoint_that_is_missing_is_named(tmp_path: Path) -> None:
     shutil.rmtree(config.run_dir / "critic" / "step-00000002")
     with pytest.raises(ConfigError, match=r"critic/step-00000002: cannot be resumed from"):
         run_training(config, FakeCoordinator(epoch=2))
+
+
+def test_what_a_trainer_that_died_had_written_of_a_checkpoint_is_deleted(tmp_path: Path) -> None:
+    """Also of the critic's, which would else be there for good."""
+    config = run_config(tmp_path, num_steps=2, algorithm=AlgorithmConfig(preset=Preset.PPO))
+    halves = [config.run_dir / name / ".step-00000009.writing" for name in ("checkpoints", "critic")]
+    for half in halves:
+        half.mkdir(parents=True)
+    run_training(config, FakeCoordinator())
+    assert not any(half.exists() for half in halves)
