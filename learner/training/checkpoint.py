@@ -3,7 +3,8 @@
     step-00000050/
         rank-0-of-2.safetensors    that rank's part of every parameter and optimiser state, and its RNG
         rank-1-of-2.safetensors
-        manifest.json              step, shapes, which rows (and columns) each file holds, BLAKE3 digest of each file
+        manifest.json              step, shapes, which rows (and columns) each file holds, BLAKE3 digest of each
+                                   file and of the weights as published
         manifest.blake3            digest of manifest.json
 
 Tensors are cut as they are shared, each part one block of rows and columns, so any number of
@@ -71,6 +72,8 @@ class _Pending:
     digest: Future[bytes]
     metrics: dict[str, float]
     epoch: int
+    weights: str
+    """Their digest; empty where rank 0 knows none."""
 
     def result(self) -> bytes:
         """The shard's digest, once it is on disk. Raises PenstockError."""
@@ -102,10 +105,13 @@ class Checkpoints:
         self.begin(step, metrics)
         return self.finish()
 
-    def begin(self, step: int, metrics: Mapping[str, float] | None = None, *, epoch: int = 0) -> None:
+    def begin(
+        self, step: int, metrics: Mapping[str, float] | None = None, *, epoch: int = 0, weights: str = ""
+    ) -> None:
         """Copies the state into host memory, and has a thread write it. Training may go on; `finish` is due.
 
-        metrics, and the version (epoch, step): what to tell checkpoints apart by.
+        metrics, the version (epoch, step) and, on rank 0, the digest of its weights as published: what to tell
+        checkpoints apart by.
         """
         assert self._pending is None, "the checkpoint before this one is not finished"
         ranks, aside = self._updater.ranks, self._aside(step)
@@ -119,6 +125,7 @@ class Checkpoints:
             digest=self._writer.submit(_write_shard, _state_of(self._updater), shard),
             metrics=dict(metrics or {}),
             epoch=epoch,
+            weights=weights,
         )
 
     def is_written(self) -> bool:
@@ -270,6 +277,9 @@ def _manifest_bytes(updater: Updater, pending: _Pending, digests: list[str]) -> 
         fields["epoch"] = pending.epoch
     if pending.metrics:
         fields["metrics"] = pending.metrics
+    published = updater.ranks.gather_bytes(pending.weights.encode())[0]
+    if published.size:
+        fields["weights"] = published.tobytes().decode()
     if updater.policy.adapters is not None:
         fields["adapters"] = dataclasses.asdict(updater.policy.adapters)
     return json.dumps(fields, indent=1).encode()

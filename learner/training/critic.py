@@ -82,9 +82,11 @@ class CheckpointsWithCritic(Checkpoints):
         # One more than the policy's newest, so that each of those has its critic even if a write is cut short.
         self._critic = Checkpoints(folder.with_name("critic"), critic.updater, keep=retention.keep + 1)
 
-    def begin(self, step: int, metrics: Mapping[str, float] | None = None, *, epoch: int = 0) -> None:
+    def begin(
+        self, step: int, metrics: Mapping[str, float] | None = None, *, epoch: int = 0, weights: str = ""
+    ) -> None:
         self._critic.begin(step)
-        super().begin(step, metrics, epoch=epoch)
+        super().begin(step, metrics, epoch=epoch, weights=weights)
 
     def is_written(self) -> bool:
         critic, policy = self._critic.is_written(), super().is_written()
