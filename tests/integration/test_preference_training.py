@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -17,7 +21,10 @@ from transformers import (
 )
 
 from learner.algorithms.preference_recipe import PreferenceLoss
+from learner.offline import dpo
 from learner.offline.main import main
+from learner.training.packing import TokenSequence
+from learner.training.updater import Updater
 from penstock.errors import ConfigError
 from tests.tiny_policy import EOS_ID, VOCAB_SIZE, write_family, write_tiny_policy
 
@@ -107,6 +114,32 @@ def test_kto_cuts_another_pair_s_answer_to_the_context(tmp_path: Path) -> None:
     long_answer = {"prompt": "2", "chosen": "a" * 13, "rejected": "b"}
     config = write_short_context(tmp_path, long_prompt, long_answer)
     assert main(["dpo", config, "--loss", "kto", "--num_steps", "1"]) == 0
+
+
+@pytest.mark.parametrize("loss", [PreferenceLoss.SIGMOID, PreferenceLoss.KTO])
+def test_a_reference_scored_in_parts_is_the_one_scored_at_once(
+    tmp_path: Path, loss: PreferenceLoss, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = write_task(tmp_path)
+    train = ["dpo", str(config), "--loss", loss, "--num_steps", "3", "--out"]
+    scored: list[int] = []
+    score = Updater.score
+
+    def counted(updater: Updater, sequences: Sequence[TokenSequence]) -> list[NDArray[np.float32]]:
+        scored.append(len(sequences))
+        return score(updater, sequences)
+
+    monkeypatch.setattr(Updater, "score", counted)
+    main([*train, str(tmp_path / "whole")])
+    at_once = max(scored)
+    scored.clear()
+    monkeypatch.setattr(dpo, "PAIRS_PER_SCORING", 8)
+    main([*train, str(tmp_path / "parts")])
+    assert max(scored) <= 8 * 3 < at_once
+    assert "the reference has scored 24 of 30 pairs" in capfd.readouterr().err
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=0, atol=1e-4)
 
 
 def test_a_broken_pair_is_named_and_nothing_is_written(tmp_path: Path) -> None:
