@@ -22,7 +22,7 @@ from learner.training.batch import Batch
 from learner.training.checkpoint import Checkpoints
 from learner.training.config import EVALUATION
 from learner.training.coordinator import Coordinator
-from learner.training.orders import Leave, Orders, Train, WriteCheckpoint
+from learner.training.orders import Leave, Orders, Train, Wait, WriteCheckpoint
 from learner.training.parallel import Ranks
 from learner.training.publish import Publishes
 from learner.training.retention import Means
@@ -74,6 +74,8 @@ class Training:
                     break
                 case WriteCheckpoint():
                     self.checkpoints.write(position)
+                case Wait():
+                    self.checkpoints.finish_written()
                 case Train(batch=batch):
                     started = time.monotonic()
                     rate = self.learning_rate(position.step)
@@ -173,12 +175,16 @@ class CheckpointLog:
                 f"of {', '.join(sorted(metrics))}"
             )
         self._means.add(metrics)
-        if self._pending is not None and self._checkpoints.is_written():
-            self._finish()
+        self.finish_written()
         if position.step % self._every_steps == 0:
             self._begin(position)
             if not self._in_background:
                 self._finish()
+
+    def finish_written(self) -> None:
+        """Names one that has meanwhile reached the disk, and tells of it. Every rank calls it."""
+        if self._pending is not None and self._checkpoints.is_written():
+            self._finish()
 
     def write(self, position: Position) -> None:
         """Has the position's checkpoint on disk when it returns. Version 0 needs none."""
