@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from learner.algorithms.preference_recipe import OnlineRecipe, PreferenceLoss
 from learner.algorithms.recipe import Recipe
 from learner.coordinator.evaluation.config import EvaluationConfig
 from learner.coordinator.evaluation.result import pass_k
@@ -268,6 +269,12 @@ class RunConfig:
                 f"algorithm.preset {self.algorithm.preset} lowers the rewards of overlong answers, but "
                 "truncation_reward is unset, so that answers cut at sampling.max_tokens are never trained on; "
                 "set it, or algorithm.overlong_share = 0"
+            )
+        is_kto = isinstance(recipe, OnlineRecipe) and recipe.preference.loss is PreferenceLoss.KTO
+        if is_kto and self.schedule.groups_per_step == 1:
+            raise ConfigError(
+                "schedule.groups_per_step is 1, but algorithm.loss is kto, which measures the divergence on answers "
+                "to other prompts of the step; expected at least 2"
             )
 
     def _check_checkpoint_metric(self) -> None:

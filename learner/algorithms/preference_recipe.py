@@ -18,6 +18,8 @@ class PreferenceLoss(StrEnum):
 
 
 WITHOUT_REFERENCE = (PreferenceLoss.SIMPO, PreferenceLoss.ORPO)
+BY_TOKEN = (PreferenceLoss.IPO, PreferenceLoss.SIMPO, PreferenceLoss.ORPO)
+"""Compare means over an answer's tokens; the others sums."""
 SMOOTHED = (PreferenceLoss.CDPO, PreferenceLoss.ROBUST)
 
 

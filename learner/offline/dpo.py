@@ -5,6 +5,7 @@ The reference is scored once, up front, before the policy moves: no second copy 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,14 +14,20 @@ import torch
 from learner.algorithms.preference_recipe import PreferenceLoss, PreferenceRecipe
 from learner.offline.config import DpoConfig
 from learner.offline.result import write_result
-from learner.offline.steps import context_of, make_updater, run_steps
+from learner.offline.steps import make_updater, run_steps
 from learner.training.examples import load_tokenizer, read_pairs
 from learner.training.folder import check_output_folder
 from learner.training.model import load_policy
 from learner.training.packing import TokenSequence
 from learner.training.parallel import Ranks
+from learner.training.policy import context_of
 from learner.training.preference import Pair, PairReference, mismatched, reference_of, update_policy
 from learner.training.updater import Updater, UpdateReport
+
+_log = logging.getLogger(__name__)
+
+PAIRS_PER_SCORING = 1024
+"""Planning rows takes time that grows with the square of the sequences, and all of them are on the device at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,13 +75,16 @@ def train_dpo(config: DpoConfig, ranks: Ranks) -> float:
 
 
 def _with_references(updater: Updater, recipe: PreferenceRecipe, pairs: list[Pair]) -> list[_Item]:
-    references = reference_of(updater.score, pairs, recipe)
-    others = mismatched(pairs) if recipe.loss is PreferenceLoss.KTO else None
+    is_kto = recipe.loss is PreferenceLoss.KTO
+    others = mismatched(pairs, max_tokens=context_of(updater.policy)) if is_kto else []
+    references: list[PairReference | None] = []
+    for start in range(0, len(pairs), PAIRS_PER_SCORING):
+        part = slice(start, start + PAIRS_PER_SCORING)
+        found = reference_of(updater.score, pairs[part], recipe, others=others[part])
+        references += found or [None] * len(pairs[part])
+        if found and updater.ranks.is_first:
+            _log.info("the reference has scored %d of %d pairs", len(references), len(pairs))
     return [
-        _Item(
-            pair=pair,
-            reference=None if references is None else references[number],
-            other=None if others is None else others[number],
-        )
+        _Item(pair=pair, reference=references[number], other=others[number] if others else None)
         for number, pair in enumerate(pairs)
     ]

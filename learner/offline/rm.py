@@ -10,10 +10,11 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from learner.offline.config import RmConfig
 from learner.offline.result import write_result
-from learner.offline.steps import context_of, make_updater, run_steps
+from learner.offline.steps import make_updater, run_steps
 from learner.training.examples import load_tokenizer, read_pairs
 from learner.training.folder import check_output_folder
 from learner.training.parallel import Ranks
+from learner.training.policy import context_of
 from learner.training.preference import Pair, update_reward_model
 from learner.training.scalar import as_scored, load_scalar_model
 from learner.training.updater import UpdateReport
@@ -31,7 +32,9 @@ def train_rm(config: RmConfig, ranks: Ranks) -> float:
         deferred=True,
     )
     tokenizer = load_tokenizer(config.policy)
-    pairs = [_scored(pair) for pair in read_pairs(config.data, tokenizer, max_tokens=context_of(model))]
+    # A stand-in follows each sequence (`as_scored`), and takes a position too.
+    max_tokens = context_of(model) - 1
+    pairs = [_scored(pair) for pair in read_pairs(config.data, tokenizer, max_tokens=max_tokens)]
     updater = make_updater(model, ranks, config, config.optimizer)
 
     def step(batch: list[Pair], rate: float) -> tuple[UpdateReport, Mapping[str, float]]:

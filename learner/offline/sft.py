@@ -10,13 +10,13 @@ from learner.algorithms.sft import completion_cross_entropy
 from learner.algorithms.sums import Sums
 from learner.offline.config import SftConfig
 from learner.offline.result import write_result
-from learner.offline.steps import context_of, make_updater, run_steps
+from learner.offline.steps import make_updater, run_steps
 from learner.training.examples import load_tokenizer, read_examples
 from learner.training.folder import check_output_folder
 from learner.training.model import load_policy
 from learner.training.packing import PackedRow, TokenSequence
 from learner.training.parallel import Ranks
-from learner.training.policy import TokenScores
+from learner.training.policy import TokenScores, context_of
 from learner.training.updater import UpdateReport
 
 

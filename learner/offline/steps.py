@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
@@ -29,12 +28,6 @@ _NUM_REPORTS = 10
 ItemT = TypeVar("ItemT")
 Step = Callable[[list[ItemT], float], tuple[UpdateReport, Mapping[str, float]]]
 """One update on a batch, at a learning rate; returns what is shown beside the loss."""
-
-
-def context_of(policy: Policy) -> int:
-    """Tokens that the policy's positions reach."""
-    context: int | None = getattr(policy.causal_lm.config, "max_position_embeddings", None)
-    return context or sys.maxsize
 
 
 def make_updater(policy: Policy, ranks: Ranks, config: OfflineConfig, optimizer: OptimizerConfig) -> Updater:

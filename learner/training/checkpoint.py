@@ -3,7 +3,8 @@
     step-00000050/
         rank-0-of-2.safetensors    that rank's part of every parameter and optimiser state, and its RNG
         rank-1-of-2.safetensors
-        manifest.json              step, shapes, which rows (and columns) each file holds, BLAKE3 digest of each file
+        manifest.json              step, shapes, which rows (and columns) each file holds, BLAKE3 digest of each
+                                   file and of the weights as published
         manifest.blake3            digest of manifest.json
 
 Tensors are cut as they are shared, each part one block of rows and columns, so any number of
@@ -71,6 +72,8 @@ class _Pending:
     digest: Future[bytes]
     metrics: dict[str, float]
     epoch: int
+    weights: str
+    """Their digest; empty where rank 0 knows none."""
 
     def result(self) -> bytes:
         """The shard's digest, once it is on disk. Raises PenstockError."""
@@ -102,10 +105,13 @@ class Checkpoints:
         self.begin(step, metrics)
         return self.finish()
 
-    def begin(self, step: int, metrics: Mapping[str, float] | None = None, *, epoch: int = 0) -> None:
+    def begin(
+        self, step: int, metrics: Mapping[str, float] | None = None, *, epoch: int = 0, weights: str = ""
+    ) -> None:
         """Copies the state into host memory, and has a thread write it. Training may go on; `finish` is due.
 
-        metrics, and the version (epoch, step): what to tell checkpoints apart by.
+        metrics, the version (epoch, step) and, on rank 0, the digest of its weights as published: what to tell
+        checkpoints apart by.
         """
         assert self._pending is None, "the checkpoint before this one is not finished"
         ranks, aside = self._updater.ranks, self._aside(step)
@@ -119,6 +125,7 @@ class Checkpoints:
             digest=self._writer.submit(_write_shard, _state_of(self._updater), shard),
             metrics=dict(metrics or {}),
             epoch=epoch,
+            weights=weights,
         )
 
     def is_written(self) -> bool:
@@ -157,21 +164,53 @@ class Checkpoints:
         A damaged one is set aside under another name, loudly, and the one before is taken. What a
         trainer that died had written of another is deleted.
         """
+        found = self._newest()
+        if self._updater.ranks.is_first:
+            self.delete_unfinished()
+        if found is None:
+            return 0
+        _load(found.path, self._updater)
+        return found.step
+
+    def _newest(self) -> Checkpoint | None:
+        """The newest sound one. Damaged ones are logged and renamed."""
         ranks = self._updater.ranks
-        found = newest(self._folder, set_aside=True) if ranks.is_first else None
-        if ranks.is_first:
-            for half in self._folder.glob(f".{PREFIX}*.writing"):
-                shutil.rmtree(half, ignore_errors=True)
-        step = int(ranks.maximum(torch.tensor([found.step if found else 0])))
-        if step:
-            _load(self._folder / f"{PREFIX}{step:08d}", self._updater)
-        return step
+        while True:
+            newest_first = checkpoint_folders(self._folder) if ranks.is_first else []
+            name = ranks.gather_bytes(newest_first[0].name.encode() if newest_first else b"")[0]
+            if not name.size:
+                return None
+            path = self._folder / name.tobytes().decode()
+            try:
+                return self._verify(path)
+            except CheckpointDamaged as damage:
+                if ranks.is_first:
+                    _log.error("checkpoint %s is damaged and is not used: %s", path, damage)
+                    path.rename(path.with_name(f"damaged-{path.name}-{os.getpid()}"))
+
+    def _verify(self, path: Path) -> Checkpoint:
+        """Each rank checks its share of the files. Raises CheckpointDamaged on all of them if one finds damage."""
+        ranks = self._updater.ranks
+        found, damage = None, ""
+        try:
+            found = verify(path, rank=ranks.rank, world_size=ranks.world_size)
+        except CheckpointDamaged as error:
+            damage = str(error) or repr(error)
+        told = [part.tobytes().decode() for part in ranks.gather_bytes(damage.encode())]
+        if found is None or any(told):
+            raise CheckpointDamaged(next(filter(None, told)))
+        return found
+
+    def delete_unfinished(self) -> None:
+        """Deletes what a trainer that died had written of another checkpoint."""
+        for half in self._folder.glob(f".{PREFIX}*.writing"):
+            shutil.rmtree(half, ignore_errors=True)
 
     def load(self, step: int) -> None:
         """Loads the checkpoint of a step. Raises ConfigError if there is no sound one."""
         path = self._folder / f"{PREFIX}{step:08d}"
         try:
-            verify(path)
+            self._verify(path)
         except CheckpointDamaged as damage:
             raise ConfigError(f"{path}: cannot be resumed from: {damage}") from damage
         _load(path, self._updater)
@@ -184,26 +223,24 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def newest(folder: Path, *, set_aside: bool = False) -> Checkpoint | None:
-    """The newest checkpoint whose digests hold. Damaged ones are logged and, if asked, renamed."""
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint whose digests hold. Damaged ones are logged."""
     for path in checkpoint_folders(folder):
         try:
             return verify(path)
         except CheckpointDamaged as damage:
             _log.error("checkpoint %s is damaged and is not used: %s", path, damage)
-            if set_aside:
-                path.rename(path.with_name(f"damaged-{path.name}-{os.getpid()}"))
     return None
 
 
-def verify(path: Path) -> Checkpoint:
-    """Checks every byte against the manifest. Raises CheckpointDamaged."""
+def verify(path: Path, *, rank: int = 0, world_size: int = 1) -> Checkpoint:
+    """Checks every byte against the manifest, or those of a rank's share of the files. Raises CheckpointDamaged."""
     try:
         manifest, stated = (path / MANIFEST).read_bytes(), (path / _DIGEST).read_text("ascii")
         if blake3(manifest).hexdigest() != stated:
             raise CheckpointDamaged(f"{MANIFEST} does not have the digest that {_DIGEST} states")
         fields = json.loads(manifest)
-        for name, digest in fields["files"].items():
+        for name, digest in list(fields["files"].items())[rank::world_size]:
             if _hash(path / name).hex() != digest:
                 raise CheckpointDamaged(f"{name} does not have the digest that {MANIFEST} states")
         return Checkpoint(path=path, step=fields["step"], digest=stated)
@@ -266,6 +303,9 @@ def _manifest_bytes(updater: Updater, pending: _Pending, digests: list[str]) -> 
         fields["epoch"] = pending.epoch
     if pending.metrics:
         fields["metrics"] = pending.metrics
+    published = updater.ranks.gather_bytes(pending.weights.encode())[0]
+    if published.size:
+        fields["weights"] = published.tobytes().decode()
     if updater.policy.adapters is not None:
         fields["adapters"] = dataclasses.asdict(updater.policy.adapters)
     return json.dumps(fields, indent=1).encode()

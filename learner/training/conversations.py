@@ -25,7 +25,7 @@ class Encoder:
     """Encodes for one policy. Every method raises ConfigError that names `where`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> None:
-        """max_tokens: the policy's context."""
+        """max_tokens: what the policy's context has room for."""
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._end: str = tokenizer.eos_token
@@ -89,7 +89,7 @@ class Encoder:
             mask += [int(learned)] * len(ids)
         if len(token_ids) > self._max_tokens:
             raise ConfigError(
-                f"{where}: has {len(token_ids)} tokens; the policy's context holds {self._max_tokens}"
+                f"{where}: has {len(token_ids)} tokens; the policy's context has room for {self._max_tokens}"
             )
         return TokenSequence(
             token_ids=np.asarray(token_ids, dtype=np.int32), loss_mask=np.asarray(mask, dtype=np.uint8)

@@ -82,9 +82,11 @@ class CheckpointsWithCritic(Checkpoints):
         # One more than the policy's newest, so that each of those has its critic even if a write is cut short.
         self._critic = Checkpoints(folder.with_name("critic"), critic.updater, keep=retention.keep + 1)
 
-    def begin(self, step: int, metrics: Mapping[str, float] | None = None, *, epoch: int = 0) -> None:
+    def begin(
+        self, step: int, metrics: Mapping[str, float] | None = None, *, epoch: int = 0, weights: str = ""
+    ) -> None:
         self._critic.begin(step)
-        super().begin(step, metrics, epoch=epoch)
+        super().begin(step, metrics, epoch=epoch, weights=weights)
 
     def is_written(self) -> bool:
         critic, policy = self._critic.is_written(), super().is_written()
@@ -93,6 +95,10 @@ class CheckpointsWithCritic(Checkpoints):
     def finish(self) -> Checkpoint:
         self._critic.finish()
         return super().finish()
+
+    def delete_unfinished(self) -> None:
+        super().delete_unfinished()
+        self._critic.delete_unfinished()
 
     def resume(self) -> int:
         step = super().resume()

@@ -22,7 +22,7 @@ from learner.training.batch import Batch
 from learner.training.checkpoint import Checkpoints
 from learner.training.config import EVALUATION
 from learner.training.coordinator import Coordinator
-from learner.training.orders import Leave, Orders, Train, WriteCheckpoint
+from learner.training.orders import Leave, Orders, Train, Wait, WriteCheckpoint
 from learner.training.parallel import Ranks
 from learner.training.publish import Publishes
 from learner.training.retention import Means
@@ -42,6 +42,8 @@ class Position:
 
     epoch: int
     step: int
+    weights: str = ""
+    """Digest of the version's weights, as rank 0 published them."""
 
     @property
     def version(self) -> PolicyVersion:
@@ -65,13 +67,15 @@ class Training:
     def run(self) -> bool:
         """Trains from `position` to the last step, or until a stop. Returns whether the run is complete."""
         position = self.position
-        self.versions.publish(position.version, {}, trained=())
+        position.weights = self.versions.publish(position.version, {}, trained=())
         for order in self.orders.until(self.num_steps):
             match order:
                 case Leave():
                     break
                 case WriteCheckpoint():
                     self.checkpoints.write(position)
+                case Wait():
+                    self.checkpoints.finish_written()
                 case Train(batch=batch):
                     started = time.monotonic()
                     rate = self.learning_rate(position.step)
@@ -82,7 +86,7 @@ class Training:
                     self.skips.reset()
                     position.step += 1
                     timing = {"step_seconds": time.monotonic() - started, "wait_seconds": order.wait_seconds}
-                    self.versions.publish(
+                    position.weights = self.versions.publish(
                         position.version, report.metrics | timing, trained=batch.group_ids()
                     )
                     self.checkpoints.after_step(position, report.metrics)
@@ -101,23 +105,22 @@ class Versions:
         self._ranks = ranks
         self._metrics_path = metrics_path
 
-    def publish(
-        self, version: PolicyVersion, metrics: Mapping[str, float], *, trained: Sequence[int]
-    ) -> None:
-        """Every rank calls it. When it returns, actors may install the version.
+    def publish(self, version: PolicyVersion, metrics: Mapping[str, float], *, trained: Sequence[int]) -> str:
+        """Every rank calls it. When it returns, actors may install the version. Rank 0 gets the weights' digest.
 
         trained: the groups that the step before it trained on.
         """
         started = time.monotonic()
         manifest = self._publisher.write(version)
         if not self._ranks.is_first:
-            return
+            return ""
         assert manifest is not None
         if metrics:
             metrics = {**metrics, "publish_seconds": time.monotonic() - started}
         self._publisher.deltas_wanted = self._coordinator.publish_version(version, manifest, metrics, trained)
         if metrics:
             self._record(version, metrics, trained)
+        return manifest.digest
 
     def _record(self, version: PolicyVersion, metrics: Mapping[str, float], trained: Sequence[int]) -> None:
         line = {"version": str(version), "step": version.step, "time": time.time(), **metrics}
@@ -172,12 +175,16 @@ class CheckpointLog:
                 f"of {', '.join(sorted(metrics))}"
             )
         self._means.add(metrics)
-        if self._pending is not None and self._checkpoints.is_written():
-            self._finish()
+        self.finish_written()
         if position.step % self._every_steps == 0:
             self._begin(position)
             if not self._in_background:
                 self._finish()
+
+    def finish_written(self) -> None:
+        """Names one that has meanwhile reached the disk, and tells of it. Every rank calls it."""
+        if self._pending is not None and self._checkpoints.is_written():
+            self._finish()
 
     def write(self, position: Position) -> None:
         """Has the position's checkpoint on disk when it returns. Version 0 needs none."""
@@ -189,7 +196,9 @@ class CheckpointLog:
         if position.step == self._written:
             return
         self._finish()
-        self._checkpoints.begin(position.step, self._means.take(), epoch=position.epoch)
+        self._checkpoints.begin(
+            position.step, self._means.take(), epoch=position.epoch, weights=position.weights
+        )
         self._written, self._pending = position.step, dataclasses.replace(position)
 
     def _finish(self) -> None:

@@ -37,6 +37,7 @@ def load_policy(
     deferred: where that can be, weights are read by `place` only, by each rank its own part.
     Dropout is off: it would make the trainer's log-probabilities differ from the engine's.
     """
+    _check_rotation(folder, load_policy_config(folder).get_text_config())
     empty = _build_empty(folder) if deferred else None
     causal_lm = load_causal_lm(folder) if empty is None else empty
     if activation_checkpointing:
@@ -99,6 +100,20 @@ def load_policy_config(folder: Path) -> Any:
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
+
+
+def _check_rotation(folder: Path, config: Any) -> None:
+    """Refuses frequencies that depend on the longest sequence of a pass: the others would get them too."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for rotation in [rope] if "rope_type" in rope else rope.values():
+        original = rotation.get("original_max_position_embeddings", config.max_position_embeddings)
+        if rotation["rope_type"] == "longrope" and config.max_position_embeddings > original:
+            raise ConfigError(
+                f"{folder}: its rotary embeddings are of type longrope, whose frequencies change for all sequences of "
+                f"a pass once one is longer than {original} tokens, and its context is "
+                f"{config.max_position_embeddings}: log-probabilities would depend on what else is in a row; take a "
+                "policy whose rope_parameters have a fixed type, such as yarn, llama3 or linear"
+            )
 
 
 def _check_weight_files(folder: Path) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from learner.algorithms.health import effective_sample_share, mismatch, ratio_health
 from learner.algorithms.preference_recipe import OnlineRecipe, PreferenceLoss
 from learner.training.batch import Batch, Group, batch_metrics
+from learner.training.policy import context_of
 from learner.training.preference import (
     Pair,
     PairReport,
@@ -63,8 +64,9 @@ class OnlineDpo:
         """One report an update. After one that isn't finite everything is as it was before the step."""
         recipe = self._recipe.preference
         score = self._reference.score if self._reference else self._updater.score
-        references = reference_of(score, pairs, recipe)
-        others = mismatched(pairs) if recipe.loss is PreferenceLoss.KTO else None
+        is_kto = recipe.loss is PreferenceLoss.KTO
+        others = mismatched(pairs, max_tokens=context_of(self._updater.policy)) if is_kto else []
+        references = reference_of(score, pairs, recipe, others=others)
         parts = minibatches(
             len(pairs), updates_per_step=self._recipe.updates_per_step, seed=self._seed, step=step
         )

@@ -41,11 +41,16 @@ class WriteCheckpoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Wait:
+    """No batch came within POLL_SECONDS; the question is asked again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Leave:
     """The run stops before its last step."""
 
 
-Order = Train | WriteCheckpoint | Leave
+Order = Train | WriteCheckpoint | Wait | Leave
 
 
 class StopFlag(Protocol):
@@ -84,6 +89,8 @@ class Orders:
             if ready:
                 yield Train(batch=self._fetch(answer), wait_seconds=time.monotonic() - since)
                 since = time.monotonic()
+            elif not checkpoint:
+                yield Wait()
 
     def _ask(self) -> NextBatch:
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -165,6 +166,12 @@ class Policy(nn.Module):
         outputs = module(input_ids=padded_NL, use_cache=False)
         padded: torch.Tensor = getattr(outputs, output)[inside_NL]
         return padded
+
+
+def context_of(policy: Policy) -> int:
+    """Tokens that the policy's positions reach."""
+    context: int | None = getattr(policy.causal_lm.config, "max_position_embeddings", None)
+    return context or sys.maxsize
 
 
 def _right_padded(row: PackedRow) -> tuple[torch.Tensor, torch.Tensor]:

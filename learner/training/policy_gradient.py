@@ -38,7 +38,7 @@ from learner.training.preparation import (
 )
 from learner.training.reference import Reference
 from learner.training.step import StepReport, describe_failure, minibatches, total_sums, update_metrics
-from learner.training.updater import Snapshot, Updater
+from learner.training.updater import Snapshot, Updater, UpdateReport
 from penstock.trajectory import PolicyVersion
 
 Scores = list[NDArray[np.float32]]
@@ -143,7 +143,8 @@ class PolicyGradient:
         )
         before = [Snapshot(self._updater)] if len(parts) > 1 or self._critic else []
         before += [self._critic.snapshot()] if self._critic else []
-        reports, critic_reports = [], []
+        reports: list[UpdateReport] = []
+        critic_reports: list[UpdateReport] = []
         for part in parts:
             objective = Objective(
                 [prepared[i] for i in part],
@@ -153,6 +154,7 @@ class PolicyGradient:
                 reference=reference and [reference[i] for i in part],
                 start=start and [start[i] for i in part],
                 keep=keep and [keep[i] for i in part],
+                is_first=not reports,
             )
             reports.append(self._updater.update(objective.sequences, objective, learning_rate=learning_rate))
             if self._critic and targets:
@@ -181,7 +183,9 @@ class Objective:
         reference: Scores | None,
         start: Scores | None,
         keep: list[NDArray[np.bool_]] | None,
+        is_first: bool,
     ) -> None:
+        """is_first: the policy is still the one that the step started from."""
         self.sequences: list[TokenSequence] = [item.sequence for item in items]
         self._items = items
         self._lengths = np.array([sequence.num_sampled for sequence in self.sequences])
@@ -189,6 +193,7 @@ class Objective:
         self._proximal = recipe.proximal
         self._parts = parts
         self._reference, self._start, self._keep = reference, start, keep
+        self._knows_start = is_first or start is not None
 
     def __call__(self, row: PackedRow, scores: TokenScores) -> tuple[torch.Tensor, Sums]:
         behaviour_S = row.gather([item.behaviour_S for item in self._items])
@@ -208,11 +213,9 @@ class Objective:
             ),
             self._parts,
         )
-        sums |= mismatch(
-            self._at_start(row, current_S),
-            behaviour_S,
-            row.gather([item.same_version_S for item in self._items]).bool(),
-        )
+        if self._knows_start:
+            same_version_S = row.gather([item.same_version_S for item in self._items]).bool()
+            sums |= mismatch(self._at_start(row, current_S), behaviour_S, same_version_S)
         return loss, sums | {"entropy_sum": scores.entropy_S.sum()}
 
     def _policies(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from learner.algorithms import preference
 from learner.algorithms.preference import PairLoss, PairScores
-from learner.algorithms.preference_recipe import PreferenceLoss, PreferenceRecipe
+from learner.algorithms.preference_recipe import BY_TOKEN, PreferenceLoss, PreferenceRecipe
 from learner.algorithms.rewards import bradley_terry
 from learner.algorithms.sums import Sums
 from learner.training.packing import PackedRow, TokenSequence
@@ -46,7 +46,7 @@ class PairReference:
     chosen: float
     rejected: float
     mismatched: float = 0.0
-    """Of another pair's chosen answer to this pair's prompt; only for KTO."""
+    """Of another pair's chosen answer to this pair's prompt; only for KTO, where prompts differ."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,18 +60,30 @@ def sequences_of(pairs: Sequence[Pair]) -> list[TokenSequence]:
     return [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
 
 
-def mismatched(pairs: Sequence[Pair]) -> list[TokenSequence]:
-    """Each prompt with the chosen answer of the pair after it: KTO measures the divergence on these."""
-    answers = [*pairs[1:], pairs[0]]
-    return [_joined(pair.chosen, other.chosen) for pair, other in zip(pairs, answers, strict=True)]
+def mismatched(pairs: Sequence[Pair], *, max_tokens: int) -> list[TokenSequence]:
+    """Each prompt with the chosen answer of the next pair of another prompt: KTO measures the divergence on these.
+
+    Empty where all pairs have the same prompt. max_tokens: the policy's context. An answer that was given to a
+    shorter prompt is cut to what is left of it.
+    """
+    prompts = [pair.chosen.prompt.tobytes() for pair in pairs]
+    if len(set(prompts)) < 2:
+        return []
+    joined = []
+    other = next(index for index, prompt in enumerate(prompts) if prompt != prompts[-1])
+    for index in reversed(range(len(pairs))):
+        following = (index + 1) % len(pairs)
+        if prompts[following] != prompts[index]:
+            other = following
+        joined.append(_joined(pairs[index].chosen, pairs[other].chosen, max_tokens))
+    return joined[::-1]
 
 
-def _joined(prompt_of: TokenSequence, answer_of: TokenSequence) -> TokenSequence:
+def _joined(prompt_of: TokenSequence, answer_of: TokenSequence, max_tokens: int) -> TokenSequence:
     prompt, answer = _first_learned(prompt_of), _first_learned(answer_of)
-    return TokenSequence(
-        token_ids=np.concatenate([prompt_of.token_ids[:prompt], answer_of.token_ids[answer:]]),
-        loss_mask=np.concatenate([prompt_of.loss_mask[:prompt], answer_of.loss_mask[answer:]]),
-    )
+    token_ids = np.concatenate([prompt_of.token_ids[:prompt], answer_of.token_ids[answer:]])
+    loss_mask = np.concatenate([prompt_of.loss_mask[:prompt], answer_of.loss_mask[answer:]])
+    return TokenSequence(token_ids=token_ids[:max_tokens], loss_mask=loss_mask[:max_tokens])
 
 
 def _first_learned(sequence: TokenSequence) -> int:
@@ -87,11 +99,15 @@ def reference_of(
     score: Callable[[Sequence[TokenSequence]], list[NDArray[np.float32]]],
     pairs: Sequence[Pair],
     recipe: PreferenceRecipe,
+    *,
+    others: Sequence[TokenSequence] = (),
 ) -> list[PairReference] | None:
-    """Reference log-probabilities of pairs; None for a loss without a reference. score: of the reference policy."""
+    """Reference log-probabilities of pairs; None for a loss without a reference. score: of the reference policy.
+
+    others: `mismatched` of the pairs; only for KTO.
+    """
     if not recipe.has_reference:
         return None
-    others = mismatched(pairs) if recipe.loss is PreferenceLoss.KTO else []
     sums = [float(part.sum(dtype=np.float64)) for part in score([*sequences_of(pairs), *others])]
     count = len(pairs)
     return [
@@ -111,7 +127,10 @@ def update_policy(
     others: Sequence[TokenSequence] = (),
     learning_rate: float,
 ) -> PairReport:
-    """One update of a preference loss. others: `mismatched` of the pairs, in their order; only for KTO."""
+    """One update of a preference loss. others: `mismatched` of the pairs, in their order; only for KTO.
+
+    Without them, KTO's divergence counts as 0.
+    """
     sequences = sequences_of(pairs)
     scores = summed(updater, [*sequences, *others])
     answers = torch.tensor(scores[: len(sequences)], requires_grad=True)
@@ -178,12 +197,15 @@ def _pair_scores(
 
 
 def _policy_metrics(found: PairScores, recipe: PreferenceRecipe, kl: float) -> dict[str, float]:
-    ratio_P = found.ratio.detach()
+    chosen_P, rejected_P = found.chosen_ratio.detach(), found.rejected_ratio.detach()
+    if recipe.loss in BY_TOKEN:
+        chosen_P, rejected_P = chosen_P / found.chosen_tokens_P, rejected_P / found.rejected_tokens_P
+    ratio_P = chosen_P - rejected_P
     metrics = {
         "accuracy": float((ratio_P > 0).double().mean()),
         "reward_margin": float(recipe.beta * ratio_P.mean()),
-        "chosen_reward": float(recipe.beta * found.chosen_ratio.detach().mean()),
-        "rejected_reward": float(recipe.beta * found.rejected_ratio.detach().mean()),
+        "chosen_reward": float(recipe.beta * chosen_P.mean()),
+        "rejected_reward": float(recipe.beta * rejected_P.mean()),
     }
     return metrics | ({"kto_kl": kl} if recipe.loss is PreferenceLoss.KTO else {})
 

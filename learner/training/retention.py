@@ -18,6 +18,9 @@ from penstock.trajectory import PolicyVersion
 MANIFEST = "manifest.json"
 PREFIX = "step-"
 
+Results = Mapping[PolicyVersion | str, EvaluationResult]
+"""By version, and by the digest of the weights."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
@@ -46,7 +49,7 @@ class Retention:
             return list(newest_first[self.keep :])
         results = self._results()
         best = self._ranked(newest_first, results)[: self.keep_best]
-        newest_result = max((version.step for version in results), default=-1)
+        newest_result = max((result.version.step for result in results.values()), default=-1)
         return [
             path
             for path in newest_first[self.keep :]
@@ -57,27 +60,30 @@ class Retention:
         """Those that have the metric; of equal ones the newer first."""
         return self._ranked(paths, self._results())
 
-    def _ranked(self, paths: Iterable[Path], results: Mapping[PolicyVersion, EvaluationResult]) -> list[Path]:
+    def _ranked(self, paths: Iterable[Path], results: Results) -> list[Path]:
         sign = -1.0 if self.mode is Mode.MAX else 1.0
         values = {path: self._value(path, results) for path in sorted(paths, reverse=True)}
         ranked = [(sign * value, path) for path, value in values.items() if value is not None]
         return [path for _, path in sorted(ranked, key=lambda each: each[0])]
 
-    def _value(self, path: Path, results: Mapping[PolicyVersion, EvaluationResult]) -> float | None:
+    def _value(self, path: Path, results: Results) -> float | None:
         if self.evaluations is None:
             return metrics_of(path).get(self.metric)
-        result = results.get(PolicyVersion(_fields(path).get("epoch", 0), step_of(path)))
+        fields = _fields(path)
+        named = PolicyVersion(fields.get("epoch", 0), step_of(path))
+        # A trainer that goes on from the checkpoint publishes its weights once more, under another epoch.
+        result = results.get(fields.get("weights", "")) or results.get(named)
         return None if result is None else result.measure(self.metric.removeprefix(EVALUATION))
 
-    def _results(self) -> dict[PolicyVersion, EvaluationResult]:
-        """By version. A line that is torn, as by a crash, is none."""
-        results: dict[PolicyVersion, EvaluationResult] = {}
+    def _results(self) -> Results:
+        """A line that is torn, as by a crash, is none."""
+        results: dict[PolicyVersion | str, EvaluationResult] = {}
         if self.evaluations is None or not self.evaluations.exists():
             return results
         for line in self.evaluations.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 result = EvaluationResult.from_json(line)
-                results[result.version] = result
+                results[result.version] = results[result.digest] = result
         return results
 
 

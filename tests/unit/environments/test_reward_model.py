@@ -97,7 +97,7 @@ def test_messages_are_rendered_as_in_training(folder: Path) -> None:
 def test_an_answer_that_the_context_cannot_hold_is_unscorable_and_spoils_no_other(folder: Path) -> None:
     results = make(folder).score_batch([(task(0), "a" * 1000), (task(0), "enots")])
     assert results[0].reward.status is RewardStatus.UNSCORABLE
-    assert "the policy's context holds 256" in results[0].reward.message
+    assert "the policy's context has room for 256" in results[0].reward.message
     assert results[1].reward.value == pytest.approx(direct(folder, PROMPTS[0], "enots"), abs=1e-5)
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from learner.algorithms.preference_recipe import PreferenceLoss
 from learner.algorithms.recipe import PRESETS, Correction, Preset, Proximal
-from learner.config import RunConfig
+from learner.config import RunConfig, ScheduleConfig
 from learner.training.algorithm_config import AlgorithmConfig
 from penstock import config as configuration
 from penstock.errors import ConfigError
@@ -99,4 +100,15 @@ def test_dapo_needs_a_reward_for_answers_that_are_cut() -> None:
             environments=("e:1",),
             run_dir=Path("r"),
             algorithm=AlgorithmConfig(preset=Preset.DAPO),
+        )
+
+
+def test_kto_needs_answers_to_other_prompts() -> None:
+    with pytest.raises(ConfigError, match=r"groups_per_step is 1, but algorithm\.loss is kto"):
+        RunConfig(
+            policy=Path("p"),
+            environments=("e:1",),
+            run_dir=Path("r"),
+            algorithm=AlgorithmConfig(preset=Preset.ONLINE_DPO, loss=PreferenceLoss.KTO),
+            schedule=ScheduleConfig(groups_per_step=1),
         )

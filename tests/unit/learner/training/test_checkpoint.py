@@ -1,13 +1,16 @@
 """Checkpoints that are written while training goes on."""
 
+import logging
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from learner.training import checkpoint
-from learner.training.checkpoint import Checkpoints, newest
+from learner.training.checkpoint import CheckpointDamaged, Checkpoints, newest, verify
 from learner.training.config import OptimizerConfig
 from learner.training.loop import CheckpointLog, Position
 from learner.training.model import load_policy
@@ -98,3 +101,41 @@ def test_a_disk_that_fails_ends_the_training_with_its_reason(
     found = newest(tmp_path / "checkpoints")
     assert found is not None
     assert found.step == 1
+
+
+class TwoRanks(Ranks):
+    """The first of two, whose second says each time what it has found."""
+
+    def __init__(self, *found: str) -> None:
+        super().__init__(rank=0, world_size=2, device=torch.device("cpu"), mesh=None)
+        object.__setattr__(self, "found", list(found))
+
+    def gather_bytes(self, data: bytes) -> list[NDArray[np.uint8]]:
+        told = self.found.pop(0).encode()
+        return [np.frombuffer(each, dtype=np.uint8) for each in (data, told)]
+
+
+def test_a_file_that_another_rank_finds_damaged_has_all_of_them_take_the_checkpoint_before(
+    tmp_path: Path, updater: Updater, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each hashes its share, so that none waits for one that hashes all."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", updater, keep=2)
+    for step in (1, 2):
+        fill(updater, float(step))
+        checkpoints.write(step)
+    updater.ranks = TwoRanks("", "its file is rotten", "", "")
+    with caplog.at_level(logging.ERROR):
+        assert checkpoints.resume() == 1
+    assert "step-00000002 is damaged and is not used: its file is rotten" in caplog.text
+    assert all(bool((parameter == 1.0).all()) for parameter in updater.policy.parameters())
+    names = sorted(path.name.split("-")[0] for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["damaged", "step"]
+
+
+def test_a_rank_s_share_of_the_files_is_all_that_it_checks(tmp_path: Path, updater: Updater) -> None:
+    path = Checkpoints(tmp_path / "checkpoints", updater).write(1).path
+    (path / "rank-0-of-1.safetensors").write_bytes(b"rotten")
+    assert verify(path, rank=1, world_size=2).step == 1
+    for share in ({}, {"rank": 0, "world_size": 2}):
+        with pytest.raises(CheckpointDamaged, match="rank-0-of-1"):
+            verify(path, **share)

@@ -34,7 +34,10 @@ def test_only_the_completion_and_its_end_are_learned_from(tmp_path: Path, tokeni
         ('["1", "2"]', "is a JSON list; expected an object"),
         ('{"prompt": "1"}', '"completion" is None; expected a string'),
         ('{"prompt": 1, "completion": "2"}', '"prompt" is 1; expected a string'),
-        ('{"prompt": "1111111", "completion": "2222"}', "has 12 tokens; the policy's context holds 10"),
+        (
+            '{"prompt": "1111111", "completion": "2222"}',
+            "has 12 tokens; the policy's context has room for 10",
+        ),
     ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, tokenizer, line: str, message: str) -> None:

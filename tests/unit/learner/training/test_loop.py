@@ -1,6 +1,7 @@
 import json
 import logging
 import shutil
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from learner.training.algorithm_config import AlgorithmConfig
 from learner.training.batch import Batch, Group
 from learner.training.checkpoint import newest
 from learner.training.config import CheckpointConfig, Device, OptimizerConfig, TrainingConfig
+from learner.training.coordinator import NextBatch
 from learner.training.parallel import Ranks
 from learner.training.start import make_updater, train
 from penstock.config import to_toml
@@ -278,3 +280,31 @@ def test_a_critic_s_checkpoint_that_is_missing_is_named(tmp_path: Path) -> None:
     shutil.rmtree(config.run_dir / "critic" / "step-00000002")
     with pytest.raises(ConfigError, match=r"critic/step-00000002: cannot be resumed from"):
         run_training(config, FakeCoordinator(epoch=2))
+
+
+def test_what_a_trainer_that_died_had_written_of_a_checkpoint_is_deleted(tmp_path: Path) -> None:
+    """Also of the critic's, which would else be there for good."""
+    config = run_config(tmp_path, num_steps=2, algorithm=AlgorithmConfig(preset=Preset.PPO))
+    halves = [config.run_dir / name / ".step-00000009.writing" for name in ("checkpoints", "critic")]
+    for half in halves:
+        half.mkdir(parents=True)
+    run_training(config, FakeCoordinator())
+    assert not any(half.exists() for half in halves)
+
+
+def test_a_checkpoint_that_is_written_in_the_background_is_named_while_no_batch_comes(tmp_path: Path) -> None:
+    """Trained steps would else be lost with a trainer that dies while it waits."""
+    config = run_config(tmp_path, num_steps=3)
+    checkpoint = CheckpointConfig(every_steps=2, keep=2, in_background=True)
+    config = replace(config, training=replace(config.training, checkpoint=checkpoint))
+    give_up = time.monotonic() + 20.0
+
+    class Starving(FakeCoordinator):
+        def next_batch(self, *, epoch: int, step: int, wait_seconds: float) -> NextBatch:
+            if step < 2 or "checkpoint 2" in self.calls or time.monotonic() > give_up:
+                return super().next_batch(epoch=epoch, step=step, wait_seconds=wait_seconds)
+            time.sleep(0.01)
+            return NextBatch(batch=None, waiting="no actors")
+
+    run_training(config, Starving())
+    assert time.monotonic() < give_up

@@ -6,7 +6,7 @@ import torch
 
 from learner.training.coordinator import NextBatch
 from learner.training.loop import Position
-from learner.training.orders import Leave, Orders, Train, WriteCheckpoint
+from learner.training.orders import Leave, Orders, Train, Wait, WriteCheckpoint
 from learner.training.parallel import Ranks
 from penstock.errors import PeerLost, ProtocolError
 from tests.trainer_fakes import FakeCoordinator, NeverStop, make_batch
@@ -45,7 +45,8 @@ def take(coordinator: FakeCoordinator, ranks: Ranks = ONE_RANK, stop: object = N
 
 
 def test_a_batch_is_waited_for_and_trained() -> None:
-    (order,) = take(Script(WAIT, WAIT, BATCH))
+    *waits, order = take(Script(WAIT, WAIT, BATCH))
+    assert waits == [Wait(), Wait()]
     assert isinstance(order, Train)
     assert order.batch is BATCH.batch
 
@@ -53,7 +54,13 @@ def test_a_batch_is_waited_for_and_trained() -> None:
 def test_a_checkpoint_is_written_before_the_batch_and_at_every_request() -> None:
     asking = replace(WAIT, checkpoint_requested=True)
     orders = take(Script(asking, WAIT, asking, replace(BATCH, checkpoint_requested=True)))
-    assert [type(order) for order in orders] == [WriteCheckpoint, WriteCheckpoint, WriteCheckpoint, Train]
+    assert [type(order) for order in orders] == [
+        WriteCheckpoint,
+        Wait,
+        WriteCheckpoint,
+        WriteCheckpoint,
+        Train,
+    ]
 
 
 @pytest.mark.parametrize("answer", [WAIT, BATCH])

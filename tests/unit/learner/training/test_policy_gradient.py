@@ -184,3 +184,16 @@ def test_missing_log_probabilities_are_never_filled_in() -> None:
     trajectory = make_trajectory()
     with pytest.raises(ValueError, match="8 log-probabilities for 9 tokens"):
         behaviour_logprobs(replace(trajectory, logprobs=trajectory.logprobs[:-1]))
+
+
+def test_a_mismatch_does_not_count_how_far_the_step_s_own_updates_have_gone(bench: Bench) -> None:
+    """Without scores of the start, only the first minibatch sees the policy that the engine had."""
+    settings = {"preset": Preset.GRPO, "proximal": Proximal.BEHAVIOUR, "updates_per_step": 4}
+    recipe = AlgorithmConfig(**settings).recipe()
+    found = []
+    for learning_rate in (0.0, 0.1):
+        algorithm = PolicyGradient(bench.updater(), recipe, max_tokens=MAX_TOKENS, seed=0)
+        found.append(algorithm.step(bench.batches[0], NOW, learning_rate=learning_rate).metrics)
+    still, moving = found
+    assert moving["kl"] > 1.1 * still["kl"]
+    assert moving["mismatch_kl"] == still["mismatch_kl"]

@@ -15,6 +15,8 @@ from learner.training.packing import TokenSequence, pack
 from learner.training.parallel import Ranks
 from learner.training.preference import (
     Pair,
+    _pair_scores,
+    _policy_metrics,
     compose_loss,
     mismatched,
     reference_of,
@@ -64,11 +66,11 @@ def make_pairs(num: int = 5) -> list[Pair]:
 def update(policy, loss: PreferenceLoss, *, row_tokens: int):  # type: ignore[no-untyped-def]
     """The report, and the weights after one update away from the reference."""
     updater, pairs, recipe = make_updater(policy, row_tokens=row_tokens), make_pairs(), settings(loss)
-    references = reference_of(updater.score, pairs, recipe)
+    others = mismatched(pairs, max_tokens=256) if loss is PreferenceLoss.KTO else []
+    references = reference_of(updater.score, pairs, recipe, others=others)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.mul_(1.05)
-    others = mismatched(pairs) if loss is PreferenceLoss.KTO else []
     report = update_policy(updater, pairs, references, recipe, others=others, learning_rate=1e-3)
     return report, torch.cat([p.detach().flatten() for p in policy.parameters()]), references
 
@@ -96,8 +98,6 @@ def test_two_passes_give_the_gradient_of_the_loss_itself(folder: Path, loss: Pre
     counts = [sequences[member].num_sampled for member in row.members]
     sums = [part.sum() for part in policy(row, temperature=1.0).logprobs_S.double().split(counts)]
     ordered = [sums[row.members.index(i)] for i in range(len(sequences))]
-    from learner.training.preference import _pair_scores
-
     scores = _pair_scores(torch.stack(ordered), pairs, references)
     exact = compose_loss(recipe)(scores).mean()
     exact.backward()
@@ -108,11 +108,62 @@ def test_two_passes_give_the_gradient_of_the_loss_itself(folder: Path, loss: Pre
 
 def test_a_mismatched_answer_is_the_next_pair_s_behind_the_own_prompt() -> None:
     pairs = make_pairs(2)
-    first, second = mismatched(pairs)
+    first, second = mismatched(pairs, max_tokens=256)
     prompt = int(np.argmax(pairs[0].chosen.loss_mask))
     assert first.token_ids[:prompt].tolist() == pairs[0].chosen.token_ids[:prompt].tolist()
     assert first.num_sampled == pairs[1].chosen.num_sampled
     assert second.num_sampled == pairs[0].chosen.num_sampled
+
+
+def test_a_mismatched_answer_is_of_another_prompt_and_there_is_none_where_all_have_the_same() -> None:
+    first, second, third = make_pairs(3)
+    pairs = [first, second, second, third, first]
+    answers = [second, third, third, first, second]
+    for sequence, pair, answer in zip(mismatched(pairs, max_tokens=256), pairs, answers, strict=True):
+        expected = [*pair.chosen.prompt, *answer.chosen.token_ids[len(answer.chosen.prompt) :]]
+        assert sequence.token_ids.tolist() == expected
+    assert mismatched([first], max_tokens=256) == mismatched([second] * 3, max_tokens=256) == []
+
+
+def test_a_lone_pair_s_own_reward_is_not_its_baseline(folder: Path) -> None:
+    policy, pairs, recipe = load_policy(folder), make_pairs(1), settings(PreferenceLoss.KTO)
+    updater = make_updater(policy)
+    others = mismatched(pairs, max_tokens=256)
+    references = reference_of(updater.score, pairs, recipe, others=others)
+    for _ in range(3):
+        report = update_policy(updater, pairs, references, recipe, others=others, learning_rate=1e-2)
+    assert report.metrics["kto_kl"] == 0
+    assert report.metrics["chosen_reward"] > 0
+
+
+def test_a_mismatched_answer_is_cut_to_what_the_prompt_leaves_of_the_context() -> None:
+    pairs = make_pairs(2)
+    whole = mismatched(pairs, max_tokens=256)
+    most = max(sequence.num_tokens for sequence in whole) - 1
+    for sequence, cut in zip(whole, mismatched(pairs, max_tokens=most), strict=True):
+        assert cut.token_ids.tolist() == sequence.token_ids[:most].tolist()
+        assert cut.loss_mask.tolist() == sequence.loss_mask[:most].tolist()
+
+
+@pytest.mark.parametrize(
+    ("loss", "chosen", "rejected"),
+    [(PreferenceLoss.SIGMOID, 4, 2), (PreferenceLoss.SIMPO, 1, 2), (PreferenceLoss.IPO, 1, 2)],
+)
+def test_metrics_compare_what_the_loss_compares(loss: PreferenceLoss, chosen: float, rejected: float) -> None:
+    """A likely token each in a longer chosen answer, an unlikely one in the rejected: means and sums disagree."""
+    scores = torch.tensor([-4.0, -2.0]).double()
+    mask = np.array([0, 1, 1, 1, 1], dtype=np.uint8)
+    longer = TokenSequence(token_ids=np.arange(5, dtype=np.int32), loss_mask=mask)
+    shorter = TokenSequence(token_ids=np.arange(2, dtype=np.int32), loss_mask=mask[:2])
+    found = _pair_scores(scores, [Pair(chosen=longer, rejected=shorter)], None)
+    assert _policy_metrics(found, settings(loss), 0.0) == pytest.approx(
+        {
+            "accuracy": float(chosen < rejected),
+            "reward_margin": 0.3 * (rejected - chosen),
+            "chosen_reward": -0.3 * chosen,
+            "rejected_reward": -0.3 * rejected,
+        }
+    )
 
 
 def test_a_reward_model_learns_to_prefer_the_chosen(folder: Path) -> None:

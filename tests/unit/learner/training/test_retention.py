@@ -130,7 +130,7 @@ def test_settings_that_mean_nothing_are_refused(settings: dict[str, object], rea
 EVALUATED = EvaluationConfig(every_steps=1, samples_per_prompt=4, pass_at=(1, 4))
 
 
-def result(version: PolicyVersion, reward: float, *, number: int) -> str:
+def result(version: PolicyVersion, reward: float, *, number: int, digest: str = "d" * 64) -> str:
     """A line of evaluations.jsonl."""
     score = Score(
         num_prompts=8,
@@ -145,7 +145,7 @@ def result(version: PolicyVersion, reward: float, *, number: int) -> str:
     return EvaluationResult(
         number=number,
         version=version,
-        digest="d" * 64,
+        digest=digest,
         state=EvaluationState.COMPLETE,
         num_slots=32,
         num_answers=32,
@@ -183,6 +183,30 @@ def test_the_best_by_an_evaluation_stay_and_so_do_those_that_wait_for_theirs(tmp
         ConfigError, match=r"environment 'spel', which is not evaluated; expected one of count, mean, spell"
     ):
         dataclasses.replace(retention, metric="evaluation/spel/pass@4").stale(checkpoint_folders(folder))
+
+
+def test_a_checkpoint_is_evaluated_where_its_weights_are_as_by_a_trainer_that_went_on_from_it(
+    tmp_path: Path,
+) -> None:
+    metric = "evaluation/reward_mean"
+    config = keeping(tmp_path, num_steps=5, metric=metric, mode=Mode.MAX, evaluation=EVALUATED)
+    before = run_training(config, FakeCoordinator(stop_at=3))
+    after = run_training(config, FakeCoordinator(epoch=2))
+    owed = [(1, 1, 0.1), (1, 2, 0.2), (2, 3, 0.9), (2, 4, 0.3), (2, 5, 0.4)]
+    lines = [
+        result(
+            PolicyVersion(epoch, step),
+            reward,
+            number=step,
+            digest=(before if epoch == 1 else after).manifests[step].digest,
+        )
+        for epoch, step, reward in owed
+    ]
+    (config.run_dir / "evaluations.jsonl").write_text("\n".join(lines))
+    retention = Retention.of(config.training.checkpoint, config.run_dir)
+    folders = checkpoint_folders(config.run_dir / "checkpoints")
+    assert steps(retention.best_first(folders)) == [3, 5, 4, 2, 1]
+    assert steps(retention.stale(folders)) == [4, 2, 1]
 
 
 @pytest.mark.parametrize(
