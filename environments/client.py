@@ -34,6 +34,8 @@ _log = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 2.0
 _MAX_RETRIES = 3
+_TOO_LARGE = "larger than max"
+"""gRPC's own words for a message beyond its limit, under the code of a server without room."""
 _LEAST_TTL_SECONDS = 1.0
 """However short a session's time-to-live, it is not renewed more than six times a second."""
 _FIRST_PAUSE_SECONDS = 0.1
@@ -168,6 +170,10 @@ class EnvironmentClient:
                 away = failed.code is grpc.StatusCode.UNAVAILABLE and num_retries < _MAX_RETRIES
                 full = failed.code is grpc.StatusCode.RESOURCE_EXHAUSTED
                 if not (away or full) or time.monotonic() + pause >= deadline:
+                    if full and name == "reset" and _TOO_LARGE not in failed.details:
+                        raise EnvironmentFull(
+                            f"the environment at {self.address} is full: {failed.details}"
+                        ) from None
                     raise self._fault(failed) from None
                 num_retries += away
             await asyncio.sleep(pause)
@@ -204,8 +210,6 @@ class EnvironmentClient:
             )
 
     def _fault(self, failed: CallFailed) -> EnvironmentFault:
-        if failed.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return EnvironmentFull(f"the environment at {self.address} is full: {failed.details}")
         is_data = (
             failed.fault == FaultKind.DATA if failed.fault else failed.code is grpc.StatusCode.OUT_OF_RANGE
         )

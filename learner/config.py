@@ -204,6 +204,8 @@ class WeightsConfig:
     medium: WeightsMedium = WeightsMedium.AUTO
     """auto: actors with GPUs on other hosts form a group if the learner has a GPU, all others pull;
     collective: every actor that does not ask to pull; pull: none."""
+    port: int = 0
+    """Where actors on other hosts fetch versions, at the host of `bind`; 0 takes a free one."""
     stable_seconds: float = 10.0
     """For how long an actor must have had a version installed before it is in a group."""
     regroup_seconds: float = 30.0
@@ -214,6 +216,8 @@ class WeightsConfig:
     """A group that takes longer to come together is given up."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"weights.port is {self.port}; expected 0 to 65535")
         for name in ("stable_seconds", "regroup_seconds"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"weights.{name} is {getattr(self, name)}; expected 0 or more")

@@ -49,7 +49,10 @@ class PolicyFolder:
 def read_policy_folder(path: Path) -> PolicyFolder:
     """Checks a policy folder without loading it. Raises ConfigError."""
     if not path.is_dir():
-        raise ConfigError(f"policy {path}: no such folder; expected a Hugging Face model folder")
+        raise ConfigError(
+            f"policy {path}: no such folder; expected a Hugging Face model folder, such as "
+            "`hf download NAME --local-dir FOLDER` makes"
+        )
     config = _read_config(path / "config.json")
     if not any(path.glob("*.safetensors")):
         raise ConfigError(f"policy {path}: holds no *.safetensors file; expected the model's weights")

@@ -134,7 +134,7 @@ async def _run(
     )
     for address in environments.silent:
         scheduler.note_event("environment", f"{address} does not answer; going on with what it said before")
-    weights_server = ZeromqServer(f"tcp://{host}:0")
+    weights_server = ZeromqServer(f"tcp://{host}:{settings.weights.port}")
     broadcasts = Broadcasts(coordinator, settings.weights, host=host, device=settings.training.device)
     publications = Publications(weights_server, broadcasts.offer)
     scheduler.evaluations.is_held = lambda version: publications.get(version) is not None

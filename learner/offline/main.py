@@ -39,6 +39,10 @@ _KINDS = {
 def main(argv: Sequence[str]) -> int:
     """`penstock train KIND [RUN.toml] [--flag value ...]`. Several ranks replace this process by their agent."""
     kind = _KINDS.get(argv[0]) if argv else None
+    if argv and argv[0] in ("-h", "--help"):
+        for name, each in _KINDS.items():
+            Console().print(f"penstock train {name} RUN.toml    {each.description}", highlight=False)
+        return 0
     if kind is None:
         got = argv[0] if argv else "nothing"
         raise ConfigError(f"penstock train: got {got}; expected `penstock train {'|'.join(_KINDS)} RUN.toml`")
