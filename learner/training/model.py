@@ -105,9 +105,12 @@ def load_policy_config(folder: Path) -> Any:
 def _check_rotation(folder: Path, config: Any) -> None:
     """Refuses frequencies that depend on the longest sequence of a pass: the others would get them too."""
     rope = getattr(config, "rope_parameters", None) or {}
-    for rotation in [rope] if "rope_type" in rope else rope.values():
+    of_each_layer_type = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    for rotation in of_each_layer_type:
+        if rotation.get("rope_type") != "longrope":
+            continue
         original = rotation.get("original_max_position_embeddings", config.max_position_embeddings)
-        if rotation["rope_type"] == "longrope" and config.max_position_embeddings > original:
+        if config.max_position_embeddings > original:
             raise ConfigError(
                 f"{folder}: its rotary embeddings are of type longrope, whose frequencies change for all sequences of "
                 f"a pass once one is longer than {original} tokens, and its context is "
