@@ -281,6 +281,7 @@ def test_a_straggler_in_a_group_also_after_resume():
         open_groups=[restored],
         live_leases=[(missing.group_id, missing.slot, missing.attempt)],
         versions=dict(before.lineage.versions),
+        paused=False,
         now=100.0,
     )
     epoch = after.lineage.open(0, [])
