@@ -15,7 +15,7 @@ from learner.coordinator.disk import DiskGuard, Reading, Room
 from learner.coordinator.evaluation.log import EvaluationLog
 from learner.coordinator.evaluation.records import EvaluationAnswered, EvaluationLeaseGranted
 from learner.coordinator.explain import TrainerWait, why
-from learner.coordinator.ledger import Ledger, Totals
+from learner.coordinator.ledger import CannotOpen, Ledger, Totals
 from learner.coordinator.records import (
     EventLogged,
     GroupOpened,
@@ -147,10 +147,13 @@ class Coordinator:
         return sum(session.stats.tokens_per_second for session in self.scheduler.fleet.sessions())
 
     async def refresh_totals(self) -> Totals:
-        """Counts anew, to be displayed; what cannot be read now leaves the count that there was."""
+        """Counts anew, to be displayed; a ledger that cannot be opened now leaves the count that there was.
+
+        Raises LedgerError for one that is damaged.
+        """
         try:
             self.totals = await asyncio.to_thread(self.ledger.totals)
-        except LedgerError as error:
+        except CannotOpen as error:
             _log.warning("the totals stay as they were: %s", error)
         return self.totals
 

@@ -35,6 +35,10 @@ _log = logging.getLogger(__name__)
 _PLACES = "SELECT trajectory_id, segment, offset, num_bytes, checksum FROM trajectories"
 
 
+class CannotOpen(LedgerError):
+    """The file cannot be opened just now, as where a process has no descriptor left: it need not be damaged."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
     """What the ledger counts. `imbalance` is 0, or something was lost."""
@@ -212,10 +216,12 @@ class Ledger:
         return list(self._groups("state = 'trained' AND step >= ?", (step,)))
 
     def totals(self) -> Totals:
-        """What the ledger counts, over a connection of its own: safe in any thread. Raises LedgerError."""
+        """What the ledger counts, over a connection of its own: safe in any thread. Raises CannotOpen, LedgerError."""
         try:
             with contextlib.closing(database.open_reader(self.path)) as db:
                 return read_totals(db)
+        except apsw.CantOpenError as error:
+            raise CannotOpen(f"{self.path}: {database.explain(error)}") from error
         except apsw.Error as error:
             raise LedgerError(f"{self.path}: cannot be read: {database.explain(error)}") from error
 
