@@ -25,7 +25,7 @@ from actors.handover import HandoverMismatch, Recorded, RecordedTurn
 from actors.render import Renderer
 from environments.base import Description, StepResult
 from environments.client import EnvironmentClient, Episode
-from penstock.errors import EngineFault, EnvironmentFault, FaultKind
+from penstock.errors import EngineFault, EnvironmentFault, EnvironmentFull, FaultKind
 from penstock.trajectory import (
     FinishReason,
     Lease,
@@ -161,6 +161,8 @@ class Player:
             progress.num_tokens = progress.num_turns = 0
             anew = _Rollout(self, self._description, replace(lease, partial=None), progress)
             return await anew.play(f"{session_id}.anew")
+        except EnvironmentFull:
+            raise
         except EnvironmentFault:
             # The server may come back as another version of itself.
             self._description = None

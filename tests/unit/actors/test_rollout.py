@@ -5,7 +5,7 @@ from actors.engines.base import StopReason
 from actors.render import Renderer
 from actors.rollout import Player, Progress
 from environments.base import StepResult
-from penstock.errors import EngineFault, EnvironmentFault, FaultKind
+from penstock.errors import EngineFault, EnvironmentFault, EnvironmentFull, FaultKind
 from penstock.quickstart.policy import character_tokenizer
 from penstock.trajectory import (
     FinishReason,
@@ -158,3 +158,13 @@ async def test_an_observation_that_does_not_fit_ends_the_episode_and_is_left_out
     trajectory = await player(engine, client, truncation_reward=0.0).play(lease(), "s", Progress())
     assert trajectory.token_ids.tolist() == [*ids("ab="), *ids("a"), EOS]
     assert trajectory.finish_reason is FinishReason.LENGTH
+
+
+async def test_an_environment_that_was_full_keeps_its_number_of_sessions():
+    client = ScriptedClient("ab=", [EnvironmentFull("no room")])
+    object.__setattr__(client.description, "max_sessions", 8)
+    plays = player(ScriptedEngine([[chunk(EOS, stop=StopReason.STOP)]]), client)
+    assert plays.max_sessions is None
+    with pytest.raises(EnvironmentFull):
+        await plays.play(lease(), "s", Progress())
+    assert plays.max_sessions == 8
