@@ -228,14 +228,23 @@ async def test_no_more_bytes_are_in_flight_than_the_credits_allow():
 
 
 async def test_what_a_stream_before_brought_is_not_sent_again_once_it_is_acknowledged():
-    """The learner had everything when the stream broke, and says so with its first answer on the next."""
+    """The learner had all of it when the stream broke, and says so at the first item that comes again."""
     learner = Learner()
     learner.breaks_after = [4]
-    names = [str(number) for number in range(6)]
     async with running(learner) as uplink:
-        uplink._credits = pb.Credits(num_trajectories=4, num_bytes=1)
-        await send(uplink, names)
-    assert learner.stored == {"s0": names}
+        task = asyncio.create_task(uplink.run())
+        for name in ("1", "2", "3", "4"):
+            await uplink.put(*item(name))
+        async with asyncio.timeout(20):
+            await learner.received.wait()
+        uplink._credits = pb.Credits(num_trajectories=1, num_bytes=1)
+        assert await uplink.flush(20.0)
+        for name in ("5", "6"):
+            await uplink.put(*item(name))
+        assert await uplink.flush(20.0)
+        await uplink.close()
+        await task
+    assert learner.stored == {"s0": ["1", "2", "3", "4", "5", "6"]}
 
 
 async def test_a_stream_that_was_quiet_for_longer_than_the_patience_may_break():

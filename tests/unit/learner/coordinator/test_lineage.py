@@ -97,6 +97,13 @@ def test_a_paused_run_stays_paused_until_an_operator_resumes_it(tmp_path: Path):
     ledger.close()
 
 
+def break_a_slot(submit: Submitter, version: PolicyVersion) -> None:
+    """Spends the budget of the first free one."""
+    for _ in range(FleetConfig().data_budget):
+        (broken,) = acquire(submit.scheduler, submit.session_id, version, 1)
+        submit.release(broken, LeaseOutcome.DATA)
+
+
 def missing(scheduler: Scheduler) -> dict[int, int]:
     return {group_id: group.num_missing for group_id, group in scheduler.groups.items()}
 
@@ -107,9 +114,7 @@ def test_a_slot_that_was_given_up_stays_so_when_the_coordinator_or_the_trainer_s
     scheduler = make_scheduler(history=ledger, **options)
     version = start(scheduler)
     submit = Submitter(scheduler, join(scheduler))
-    for _ in range(FleetConfig().data_budget):
-        (broken,) = acquire(scheduler, submit.session_id, version, 1)
-        submit.release(broken, LeaseOutcome.DATA)
+    break_a_slot(submit, version)
     for lease in acquire(scheduler, submit.session_id, version, 4):
         submit(make_message(lease, version))
     # Of the second group two slots are filled, and the third is given up as too late.
@@ -142,9 +147,7 @@ def test_a_restored_group_goes_by_the_faults_of_its_slots_unless_the_trainer_has
         submit(make_message(lease, version))
     scheduler.board.train_without_missing(scheduler.groups[0], "late")
     scheduler.lineage.next_batch(version.epoch, 0)
-    for _ in range(FleetConfig().data_budget):
-        (broken,) = acquire(scheduler, submit.session_id, version, 1)
-        submit.release(broken, LeaseOutcome.DATA)
+    break_a_slot(submit, version)
     for lease in acquire(scheduler, submit.session_id, version, 2):
         submit(make_message(lease, version))
     submit.release(acquire(scheduler, submit.session_id, version, 1)[0], LeaseOutcome.DATA)
