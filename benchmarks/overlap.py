@@ -8,7 +8,11 @@ The same code, policy, seeds and number of steps, once with `max_lag` 4 and once
     control    an environment that answers at once, and every process pinned to one core:
                there is nothing to fill, so asynchrony can only cost
 
-    OMP_NUM_THREADS=1 python benchmarks/overlap.py [--seeds N] [--json FILE]
+One actor generates, with slots for the two batches that may be under way: a second actor's
+process would take its own share of that one core. The control's runs are short, so it
+has more seeds.
+
+    OMP_NUM_THREADS=1 python benchmarks/overlap.py [--seeds N] [--control-seeds N] [--json FILE]
 
 Names: async_over_sync and negative_control (seconds to the same reward with max_lag 0,
 divided by those with max_lag 4; medians over the seeds), and of the slow asynchronous
@@ -30,6 +34,10 @@ from harness.report import add_arguments, write
 from harness.training_run import Laboratory, Run
 
 _ASYNC_LAG = 4
+_DEPTH = 2
+"""Batches that may be under way with it: one is trained on while the next is generated."""
+_SLOTS = 128 * _DEPTH
+"""Of the actor: for all of those batches."""
 
 
 async def compare(folder: Path, *, seed: int, num_steps: int, slow: bool) -> tuple[Run, Run]:
@@ -37,7 +45,15 @@ async def compare(folder: Path, *, seed: int, num_steps: int, slow: bool) -> tup
     async with Laboratory(folder, seed=seed) as laboratory:
         served = await laboratory.slow_environment() if slow else ""
         runs = [
-            await laboratory.train(f"lag-{lag}", max_lag=lag, num_steps=num_steps, environment=served)
+            await laboratory.train(
+                f"lag-{lag}",
+                max_lag=lag,
+                num_steps=num_steps,
+                environment=served,
+                num_actors=1,
+                num_slots=_SLOTS,
+                pipeline_depth=min(_DEPTH, lag + 1),
+            )
             for lag in (_ASYNC_LAG, 0)
         ]
     return runs[0], runs[1]
@@ -65,9 +81,9 @@ def verdict(runs: Sequence[Run]) -> str:
     return "environment" if idle > 0.5 else "generation"
 
 
-def measure(arguments: argparse.Namespace, *, slow: bool) -> list[tuple[Run, Run]]:
+def measure(arguments: argparse.Namespace, *, seeds: int, slow: bool) -> list[tuple[Run, Run]]:
     pairs = []
-    for seed in range(arguments.seeds):
+    for seed in range(seeds):
         with tempfile.TemporaryDirectory() as folder:
             work = compare(Path(folder), seed=seed, num_steps=arguments.steps, slow=slow)
             pairs.append(asyncio.run(work))
@@ -84,15 +100,16 @@ def measure(arguments: argparse.Namespace, *, slow: bool) -> list[tuple[Run, Run
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=1, help="of the slow environment")
+    parser.add_argument("--control-seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--target", type=float, default=0.75, help="mean reward of five steps")
+    parser.add_argument("--target", type=float, default=0.9, help="mean reward of five steps")
     add_arguments(parser)
     arguments = parser.parse_args()
-    slow = measure(arguments, slow=True)
+    slow = measure(arguments, seeds=arguments.seeds, slow=True)
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
-    control = measure(arguments, slow=False)
+    control = measure(arguments, seeds=arguments.control_seeds, slow=False)
     os.sched_setaffinity(0, cores)
     runs = [asynchronous for asynchronous, _ in slow]
     print(f"bottleneck: {verdict(runs)}")
