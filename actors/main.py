@@ -224,4 +224,4 @@ async def _served(operators: ActorOperatorService, settings: ActorConfig) -> Asy
     rpc.add_standard_services(server, (SERVICE,))
     port = rpc.bind(server, settings.bind, insecure=settings.insecure)
     async with rpc.serving(server, grace_seconds=0.5):
-        yield f"{rpc.split_address(settings.bind)[0]}:{port}"
+        yield rpc.join_address(rpc.split_address(settings.bind)[0], port)

@@ -55,11 +55,18 @@ CHANNEL_OPTIONS = (
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Splits HOST:PORT. Raises ConfigError."""
+    """Splits HOST:PORT, or [HOST]:PORT for IPv6. Raises ConfigError."""
     host, separator, port = address.rpartition(":")
     if not separator or not host or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"{address!r} is not an address; expected HOST:PORT, such as 127.0.0.1:7070")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ConfigError(f"{address!r} is not an address; expected [HOST]:PORT for IPv6, such as [::1]:7070")
     return host.strip("[]"), int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """HOST:PORT, with brackets around a host that is an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_loopback(address: str) -> bool:

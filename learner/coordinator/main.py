@@ -134,7 +134,7 @@ async def _run(
     )
     for address in environments.silent:
         scheduler.note_event("environment", f"{address} does not answer; going on with what it said before")
-    weights_server = ZeromqServer(f"tcp://{host}:{settings.weights.port}")
+    weights_server = ZeromqServer(f"tcp://{rpc.join_address(host, settings.weights.port)}")
     broadcasts = Broadcasts(coordinator, settings.weights, host=host, device=settings.training.device)
     publications = Publications(weights_server, broadcasts.offer)
     scheduler.evaluations.is_held = lambda version: publications.get(version) is not None
@@ -172,7 +172,7 @@ async def _run(
                 serve_metrics(settings.metrics_bind, coordinator, broadcasts, insecure=settings.insecure)
             keep_arrays()
             collect_rarely()
-            print(f"coordinator ready on {host}:{port}", flush=True)  # noqa: T201
+            print(f"coordinator ready on {rpc.join_address(host, port)}", flush=True)  # noqa: T201
             with Watchdog() as loop_watchdog, Watchdog(guards_interpreter=False) as ledger_watchdog:
                 coordinator.watchdog = ledger_watchdog
                 await _until_stopped(coordinator, broadcasts, loop_watchdog)

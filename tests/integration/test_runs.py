@@ -13,6 +13,7 @@ import pytest
 
 from learner.coordinator.audit import audit
 from penstock.v1 import operator_pb2
+from tests.ipv6 import needs_ipv6
 
 from .cluster import Cluster, cluster, wait_until
 
@@ -44,6 +45,17 @@ def test_a_run_goes_from_start_to_finish(run: Cluster):
     lines = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert all(line["lag_max"] <= 2 for line in lines)
+
+
+@needs_ipv6
+def test_a_run_goes_over_ipv6(run: Cluster):
+    run.environment("toy_environments:Letters", "--bind", "[::1]:0")
+    learner = run.learner("--bind", "[::1]:0", "--metrics-bind", "[::1]:0", num_steps=2)
+    assert run.environments[0].startswith("[::1]:")
+    assert run.address.startswith("[::1]:")
+    actor = run.actor("a1", "--bind", "[::1]:0")
+    assert (learner.wait(), actor.wait()) == (0, 0)
+    check_balance(run, num_steps=2)
 
 
 @pytest.mark.slow

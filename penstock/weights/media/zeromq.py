@@ -25,6 +25,7 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from penstock.errors import ConfigError, WeightTransferError
+from penstock.rpc import join_address
 from penstock.trajectory import PolicyVersion
 from penstock.v1 import weights_pb2
 from penstock.weights.manifest import (
@@ -283,7 +284,7 @@ def _reachable(endpoint: str, host: str) -> str:
     """The endpoint, at `host` if it is every address of its machine."""
     for everywhere in ("tcp://0.0.0.0:", "tcp://[::]:"):
         if endpoint.startswith(everywhere):
-            return f"tcp://{host}:{endpoint.removeprefix(everywhere)}"
+            return f"tcp://{join_address(host, int(endpoint.removeprefix(everywhere)))}"
     return endpoint
 
 
@@ -409,7 +410,8 @@ def _parse_header(frame: bytes) -> weights_pb2.ChunkHeader:
 
 def _router(context: zmq.Context[zmq.Socket[bytes]], bind: str) -> zmq.Socket[bytes]:
     socket = context.socket(zmq.ROUTER)
-    _configure(socket, max_message_bytes=_MAX_REQUEST_BYTES)
+    # Where it is not needed it would write IPv4 addresses as IPv6 ones.
+    _configure(socket, max_message_bytes=_MAX_REQUEST_BYTES, ipv6="[" in bind)
     try:
         socket.bind(bind)
     except zmq.ZMQError as error:
@@ -423,7 +425,7 @@ def _router(context: zmq.Context[zmq.Socket[bytes]], bind: str) -> zmq.Socket[by
 
 def _dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
     socket = context.socket(zmq.DEALER)
-    _configure(socket, max_message_bytes=MAX_CHUNK_BYTES + 64 * 1024)
+    _configure(socket, max_message_bytes=MAX_CHUNK_BYTES + 64 * 1024, ipv6=True)
     try:
         if not endpoint.startswith("tcp://"):
             raise WeightTransferError(f"{endpoint!r} is no endpoint for weights; expected tcp://HOST:PORT")
@@ -437,8 +439,9 @@ def _dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socke
     return socket
 
 
-def _configure(socket: zmq.Socket[bytes], *, max_message_bytes: int) -> None:
+def _configure(socket: zmq.Socket[bytes], *, max_message_bytes: int, ipv6: bool) -> None:
     for option, value in (
+        (zmq.IPV6, int(ipv6)),
         (zmq.LINGER, 0),
         (zmq.MAXMSGSIZE, max_message_bytes),
         (zmq.SNDHWM, _QUEUE_MESSAGES),

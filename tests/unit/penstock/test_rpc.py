@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from penstock import rpc
+from penstock.errors import ConfigError
 
 METHOD = "/penstock.test/Hold"
 
@@ -84,3 +85,16 @@ async def test_a_server_is_stopped_when_what_it_serves_fails():
             await call
     with contextlib.closing(socket.create_server(("127.0.0.1", int(address.rpartition(":")[2])))):
         """Nobody listens there any more."""
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:7070", "learner.example:1", "[::1]:7070", "[2001:db8::7]:0"])
+def test_an_address_is_split_and_joined(address: str) -> None:
+    assert rpc.join_address(*rpc.split_address(address)) == address
+
+
+@pytest.mark.parametrize(
+    "address", ["::1:7070", "[::1:7070", "::1]:7070", "[::1]", "7070", ":7070", "a:70700"]
+)
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"expected \[?HOST"):
+        rpc.split_address(address)
