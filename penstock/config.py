@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import tyro
 
@@ -32,7 +32,9 @@ def load(config_type: type[ConfigT], argv: Sequence[str], *, prog: str, descript
     flags = list(argv)
     if flags and not flags[0].startswith("-"):
         path = Path(flags.pop(0))
-        file_flags = list(_flags_of(_read_toml(path)))
+        table = _read_toml(path)
+        _check_shape(config_type, table, path)
+        file_flags = list(_flags_of(table))
         prog = f"{prog} {path}"
     return tyro.cli(
         config_type,
@@ -103,6 +105,28 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: is not TOML: {error}") from error
+
+
+def _check_shape(config_type: type, table: dict[str, Any], path: Path, prefix: str = "") -> None:
+    """Refuses tables, lists and single values in each other's places. What has no such name is left to tyro."""
+    hints = get_type_hints(config_type)
+    for key, value in table.items():
+        hint = hints.get(key.replace("-", "_"))
+        if hint is None:
+            continue
+        name = f"{prefix}{key}"
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise ConfigError(
+                    f"{path}: {name} is {value!r}; expected a table: [{name}], and its keys below"
+                )
+            _check_shape(hint, value, path, f"{name}.")
+        elif isinstance(value, dict):
+            raise ConfigError(
+                f"{path}: {name} is a table, of {', '.join(value) or 'nothing'}; expected a value"
+            )
+        elif isinstance(value, list) and get_origin(hint) is not tuple:
+            raise ConfigError(f"{path}: {name} is a list of {len(value)}; expected one value")
 
 
 def _flags_of(table: dict[str, Any], prefix: str = "") -> Iterator[str]:

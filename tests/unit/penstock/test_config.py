@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from penstock import config
+from penstock.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +21,7 @@ class Settings:
     insecure: bool = False
     keep_best: int = 0
     name: str = ""
+    seeds: tuple[int, ...] = ()
     training: Inner = field(default_factory=Inner)
 
 
@@ -43,3 +46,29 @@ def test_what_is_no_switch_keeps_its_value_and_its_error(capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         parse("--keep-best")
     assert "keep-best" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("training = 3", r"training is 3; expected a table: \[training\]"),
+        ("training = [1, 2]", r"training is \[1, 2\]; expected a table"),
+        ("[name]\nfirst = 1", "name is a table, of first; expected a value"),
+        ("[seeds]", "seeds is a table, of nothing; expected a value"),
+        ("keep_best = [1, 2]", "keep_best is a list of 2; expected one value"),
+        ("[training]\ncompile = [true]", "training.compile is a list of 1; expected one value"),
+    ],
+)
+def test_values_lists_and_tables_in_each_others_places_are_named(
+    tmp_path: Path, text: str, problem: str
+) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=problem):
+        parse(str(path))
+
+
+def test_values_lists_and_tables_in_their_places_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("keep-best = 2\nseeds = [3, 4]\n[training]\ncompile = true\n")
+    assert parse(str(path)) == Settings(keep_best=2, seeds=(3, 4), training=Inner(compile=True))
