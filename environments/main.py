@@ -20,6 +20,7 @@ from penstock import log
 from penstock.config import with_switches
 from penstock.errors import ConfigError
 from penstock.memory import collect_rarely
+from penstock.processes import allow_most_files
 from penstock.signals import Stop
 
 _USAGE = """\
@@ -196,6 +197,7 @@ async def _run_server(target: str, options: Mapping[str, object], config: Server
         print(f"serving {description.name} on {host}:{port}", flush=True)  # noqa: T201  scripts wait for this line
 
     collect_rarely()
+    allow_most_files()
     await serve(spec_of(target, options, config), config, stop, announce)
 
 
@@ -205,6 +207,8 @@ def _check(address: str, argv: Sequence[str]) -> int:
     settings = conformance.Settings(
         split=config.split, action=config.action, timeout_seconds=config.timeout_seconds
     )
+    patience = f"at most {settings.timeout_seconds:g} s for each call"
+    print(f"waiting for {address} to play {len(conformance.RULES)} rules, {patience}", file=sys.stderr)  # noqa: T201
     findings = asyncio.run(conformance.check(address, settings))
     print(conformance.table(findings))  # noqa: T201  the command line's own output
     return 0 if all(finding.passed for finding in findings) else 1
