@@ -126,9 +126,11 @@ class Docket:
                 self._take_overs.take_over(lease, partial)
             elif outcome in (LeaseOutcome.DRAINED, LeaseOutcome.ENGINE):
                 self._take_overs.keep_streamed([lease], f"lease {lease.lease_id}")
+            if outcome is LeaseOutcome.DRAINED:
+                self._take_overs.give_back(lease)
             self._board.end_lease(lease, outcome, message=message)
             if outcome in _FAULTS:
-                self._demand.lease_ended(now - lease.granted_at, filled=False)
+                self._note_end(lease, now, filled=False)
                 self._count_fault(session, lease, outcome, message, now)
 
     def _refuse(self, session: Session, rejected: Rejected, lease_id: str, now: float) -> Verdict:
@@ -149,7 +151,7 @@ class Docket:
         lease = self._board.leases.get(lease_id)
         if lease is not None and lease.session_id == session.session_id:
             self._board.end_lease(lease, LeaseOutcome.ENGINE, message=message)
-            self._demand.lease_ended(now - lease.granted_at, filled=False)
+            self._note_end(lease, now, filled=False)
 
     def _decide_answer(self, session: Session, sequence: int, submission: Submission, now: float) -> Verdict:
         """Of an evaluation."""
@@ -274,13 +276,17 @@ class Docket:
             self._outages.filled(environment, lease_id, now)
             slot.filled = filled
         if own is not None:
-            self._demand.lease_ended(now - own.granted_at, filled=verdict is PENDING)
+            self._note_end(own, now, filled=verdict is PENDING)
             self._stragglers.finished(own, environment, filled.num_sampled, now)
             self._board.end_lease(own, LeaseOutcome.FILLED)
         if slot.filled is not None and slot.lease_ids:
             self._board.revoke_leases(slot, "another result came first")
         if own is None:
             self._board.end_if_useless(group)
+
+    def _note_end(self, lease: LiveLease, now: float, *, filled: bool) -> None:
+        if not lease.adopted:
+            self._demand.lease_ended(now - lease.granted_at, filled=filled)
 
     def _advance(self, session: Session) -> None:
         """Journals the number of an item that leaves no trajectory; a stored one has its number with it."""

@@ -38,6 +38,8 @@ class LiveLease:
     num_tokens: int = 0
     num_turns: int = 0
     progress_at: float = 0.0
+    adopted: bool = False
+    """Its actor joined again with it: `granted_at` is of that, and says nothing of its rollout's beginning."""
     continues: HandedOver | None = None
     """The partial rollout, in the ledger, that it went on from."""
     environment_seconds: float = 0.0
@@ -120,7 +122,7 @@ class LeaseTable:
             return False
         self._forget(lease)
         lease.session_id = session_id
-        lease.granted_at = now
+        lease.granted_at, lease.adopted = now, True
         lease.deadline = now + self._progress_timeout
         self._by_session[session_id].add(lease_id)
         return True

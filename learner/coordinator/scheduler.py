@@ -269,6 +269,7 @@ class Scheduler:
                 self._journal.event(
                     "lost", f"{session.info.actor_id} does not know its lease {lease.lease_id}"
                 )
+                self._take_overs.give_back(lease)
                 self.board.end_lease(lease, LeaseOutcome.EXPIRED, message="lost on the way to the actor")
 
     def keep_pieces(self, session_id: str, pieces: Sequence[Piece], now: float) -> list[int | None]:
@@ -385,12 +386,9 @@ class Scheduler:
         self._take_overs.keep_streamed(leases, session.info.actor_id)
         for lease in leases:
             group = self.groups.get(lease.group_id)
-            if group is not None:
-                slot = group.slots[lease.slot]
-                # No fault: what it went on from may be gone on from again.
-                slot.handed_over = slot.handed_over or lease.continues
-                if outcome is LeaseOutcome.DEAD:
-                    group.deaths.add(session.session_id)
+            if group is not None and outcome is LeaseOutcome.DEAD:
+                group.deaths.add(session.session_id)
+            self._take_overs.give_back(lease)
             self.board.end_lease(lease, outcome, message=reason)
         self.evaluations.session_ended(session.session_id, outcome, reason)
         self.fleet.remove(session.session_id)

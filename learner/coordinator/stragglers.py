@@ -34,7 +34,9 @@ class Stragglers:
         self._lease_ids: list[str] = []
 
     def finished(self, lease: LiveLease, environment: str, num_tokens: int, now: float) -> None:
-        """Notes how long a rollout took."""
+        """Notes how long a rollout took, if that is known: not of a part that was played elsewhere, or before."""
+        if lease.adopted or lease.continues is not None:
+            return
         self._pace.finished(environment, now - lease.granted_at, num_tokens)
 
     def slot_for(

@@ -39,6 +39,13 @@ class TakeOvers:
                 f"{num_kept} rollouts of {whose}, with {num_tokens} of the {num_told} tokens that it told of",
             )
 
+    def give_back(self, lease: LiveLease) -> None:
+        """What it went on from may be gone on from again, unless there is more by now: it ended by no fault."""
+        group = self._board.groups.get(lease.group_id)
+        if group is not None:
+            slot = group.slots[lease.slot]
+            slot.handed_over = slot.handed_over or lease.continues
+
     def take_over(self, lease: LiveLease, partial: SentPartial) -> HandedOver | None:
         """Keeps what was played elsewhere, unless its group is closed or it is unsound."""
         group = self._board.groups.get(lease.group_id)

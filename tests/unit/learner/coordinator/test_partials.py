@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from learner.config import FleetConfig
+from learner.coordinator.fleet import ReportedStats
 from learner.coordinator.grants import continuation
 from learner.coordinator.groups import LeaseOutcome
 from learner.coordinator.ledger import Ledger
@@ -160,3 +161,25 @@ def test_a_rival_begins_anew():
     slot = scheduler.groups[lease.group_id].slots[lease.slot]
     slot.lease_ids.append("another")
     assert continuation(slot, version) is None
+
+
+def test_who_finds_no_room_to_go_on_gives_it_back_whole():
+    scheduler = make_scheduler()
+    start(scheduler)
+    _, version = hand_over(scheduler)
+    crowded = Submitter(scheduler, join(scheduler, "crowded"))
+    given = acquire(scheduler, crowded.session_id, version, num=1)[0]
+    crowded.release(given, LeaseOutcome.DRAINED, "the environment is full")
+    again = acquire(scheduler, join(scheduler, "roomy"), version, num=1)[0]
+    assert (given.continues, again.slot, again.continues) == (True, given.slot, True)
+
+
+def test_a_lease_that_was_lost_on_its_way_leaves_what_it_would_have_gone_on_from():
+    scheduler = make_scheduler()
+    start(scheduler)
+    _, version = hand_over(scheduler)
+    successor = join(scheduler, "successor")
+    lost = acquire(scheduler, successor, version, num=1)[0]
+    scheduler.heartbeat(successor, installed=version, stats=ReportedStats(), progress=[], now=30.0)
+    again = acquire(scheduler, successor, version, num=1, now=30.0)[0]
+    assert (lost.continues, again.slot, again.continues) == (True, lost.slot, True)

@@ -338,3 +338,20 @@ def _drained():  # type: ignore[no-untyped-def]
     from learner.coordinator.groups import LeaseOutcome
 
     return LeaseOutcome.DRAINED
+
+
+def test_what_actors_bring_back_when_they_join_again_says_nothing_of_the_usual_pace() -> None:
+    scheduler = make_scheduler(groups_per_step=8, max_lag=4)
+    version = start(scheduler)
+    before = join(scheduler, "spooling")
+    played = acquire(scheduler, before, version, num=8)
+    held = tuple(lease.lease_id for lease in played)
+    spooling = Submitter(scheduler, join(scheduler, "spooling", held=held, now=60.0))
+    slow, fast = (Submitter(scheduler, join(scheduler, name, now=60.0)) for name in ("slow", "fast"))
+    straggler = acquire(scheduler, slow.session_id, version, num=1, now=60.0)[0]
+    for lease in played:
+        assert spooling(make_message(lease, version), now=60.01).state is TrajectoryState.PENDING
+    pass_time(scheduler, range(61, 80), {slow.session_id: {straggler: 0.5}, fast.session_id: {}})
+    assert not any(lease.rival for lease in acquire(scheduler, fast.session_id, version, num=8, now=80.0)), (
+        "a rollout that took a minute looks as if it had taken ten milliseconds"
+    )
