@@ -272,6 +272,13 @@ class Actor:
         progress = Progress()
         task = tasks.create_task(self._play(lease, progress), name=f"rollout {lease.lease_id}")
         self._running[lease.lease_id] = Running(lease, progress, task, began=time.monotonic())
+        # Of a task that is cancelled before its first step, no line runs.
+        task.add_done_callback(lambda _: self._forget(lease.lease_id))
+
+    def _forget(self, lease_id: str) -> None:
+        if self._running.pop(lease_id, None) is not None:
+            self._room.set()
+            self.installer.look()
 
     async def _play(self, lease: Lease, progress: Progress) -> None:
         """One rollout, to the item that ends its lease. A fault ends the lease, not the actor."""
@@ -321,9 +328,7 @@ class Actor:
                 _log.warning("lease %s ended after the uplink was closed: its item is lost", lease.lease_id)
         finally:
             # Also when the lease is revoked while the spool is full.
-            del self._running[lease.lease_id]
-            self._room.set()
-            self.installer.look()
+            self._forget(lease.lease_id)
 
     def _note_engine_fault(self, began: float, fault: EngineFault) -> None:
         """An engine that finishes nothing any more would end every lease that it is given."""
