@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Generator
@@ -17,6 +18,8 @@ from penstock.errors import ConfigError
 from penstock.policy_files import read_policy_folder
 from penstock.trajectory import PolicyVersion
 
+_log = logging.getLogger(__name__)
+
 
 def named_policies(settings: EvalConfig) -> Generator[tuple[str, Path]]:
     """Name and folder of each: those given, or a run's checkpoints, exported in turn. Raises ConfigError."""
@@ -29,7 +32,13 @@ def named_policies(settings: EvalConfig) -> Generator[tuple[str, Path]]:
     with tempfile.TemporaryDirectory(prefix="penstock-eval-") as folder:
         for step in steps:
             out = Path(folder) / f"step-{step}"
-            export(settings.run, out, step=step)
+            try:
+                export(settings.run, out, step=step)
+            except ConfigError as error:
+                if step in checkpoint_steps(settings.run):
+                    raise
+                _log.warning("step %d is left out, the run has deleted it meanwhile: %s", step, error)
+                continue
             yield f"step {step}", out
             shutil.rmtree(out)
 

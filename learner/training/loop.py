@@ -147,13 +147,14 @@ class CheckpointLog:
         in_background: bool = False,
         metric: str = "",
     ) -> None:
-        """metric: what steps, or evaluations, must have, if checkpoints are kept by one."""
+        """metric: what checkpoints are kept by, if they are."""
         self._checkpoints = checkpoints
         self._coordinator = coordinator
         self._ranks = ranks
         self._every_steps = every_steps
         self._in_background = in_background
-        self._metric = metric
+        self._awaited = "" if metric.startswith(EVALUATION) else metric
+        """The metric, until a step had it."""
         self._means = Means()
         self._written = 0
         """Of the newest checkpoint: on disk, or on its way there."""
@@ -166,17 +167,20 @@ class CheckpointLog:
     def after_step(self, position: Position, metrics: Mapping[str, float]) -> None:
         """Begins the checkpoint that is due; tells of one that has meanwhile reached the disk.
 
-        metrics: of the step. Raises ConfigError if they lack the one that checkpoints are kept by.
+        metrics: of the step. Raises ConfigError if no step had the one that checkpoints are kept by
+        when the first of them is due: some metrics are of some steps only.
         """
-        is_of_steps = bool(self._metric) and not self._metric.startswith(EVALUATION)
-        if is_of_steps and self._metric not in metrics:
+        is_due = position.step % self._every_steps == 0
+        if self._awaited in metrics:
+            self._awaited = ""
+        elif self._awaited and is_due:
             raise ConfigError(
-                f"training.checkpoint.metric is {self._metric}, which steps of this run do not have; expected one "
+                f"training.checkpoint.metric is {self._awaited}, which steps of this run do not have; expected one "
                 f"of {', '.join(sorted(metrics))}"
             )
         self._means.add(metrics)
         self.finish_written()
-        if position.step % self._every_steps == 0:
+        if is_due:
             self._begin(position)
             if not self._in_background:
                 self._finish()

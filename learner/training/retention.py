@@ -49,11 +49,13 @@ class Retention:
             return list(newest_first[self.keep :])
         results = self._results()
         best = self._ranked(newest_first, results)[: self.keep_best]
-        newest_result = max((result.version.step for result in results.values()), default=-1)
+        newest = max((result.version for result in results.values()), default=PolicyVersion(0, 0))
+        last_step = max((result.version.step for result in results.values()), default=-1)
         return [
             path
             for path in newest_first[self.keep :]
-            if path not in best and not (self.evaluations and step_of(path) > newest_result)
+            if path not in best
+            and not (self.evaluations and (step_of(path) > last_step or _version_of(path) > newest))
         ]
 
     def best_first(self, paths: Iterable[Path]) -> list[Path]:
@@ -69,10 +71,8 @@ class Retention:
     def _value(self, path: Path, results: Results) -> float | None:
         if self.evaluations is None:
             return metrics_of(path).get(self.metric)
-        fields = _fields(path)
-        named = PolicyVersion(fields.get("epoch", 0), step_of(path))
         # A trainer that goes on from the checkpoint publishes its weights once more, under another epoch.
-        result = results.get(fields.get("weights", "")) or results.get(named)
+        result = results.get(_fields(path).get("weights", "")) or results.get(_version_of(path))
         return None if result is None else result.measure(self.metric.removeprefix(EVALUATION))
 
     def _results(self) -> Results:
@@ -96,6 +96,10 @@ def metrics_of(path: Path) -> dict[str, float]:
 def step_of(path: Path) -> int:
     """Of a checkpoint's folder."""
     return int(path.name.removeprefix(PREFIX))
+
+
+def _version_of(path: Path) -> PolicyVersion:
+    return PolicyVersion(_fields(path).get("epoch", 0), step_of(path))
 
 
 def _fields(path: Path) -> dict[str, Any]:

@@ -110,6 +110,9 @@ class Evaluation:
             for outcome, count in known.faults.items():
                 for _ in range(count):
                     slot.note_end(outcome, known.messages[-1] if known.messages else "", fleet)
+            if slot.answer is not None:
+                # It came after all.
+                slot.given_up = ""
 
     def free_slots(self, left_out: Iterable[str]) -> Iterable[int]:
         """In order, of the environments that may be leased."""

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 
+from learner.config import FleetConfig
 from learner.coordinator.evaluation.config import EvaluationConfig
+from learner.coordinator.evaluation.evaluation import Evaluation
 from learner.coordinator.evaluation.history import RecoveredEvaluation, RecoveredEvaluations, RecoveredSlot
 from learner.coordinator.evaluation.plan import EvaluationSource, Plan
 from learner.coordinator.evaluation.records import EvaluationAnswered, EvaluationEnded, EvaluationState
@@ -385,3 +388,20 @@ def test_a_result_is_the_same_after_it_was_written_and_read():
 def test_more_passes_than_answers_are_refused_by_the_configuration():
     with pytest.raises(ConfigError, match=r"evaluation\.pass_at has 4"):
         EvaluationConfig(pass_at=(1, 4), samples_per_prompt=2)
+
+
+def test_an_answer_that_came_after_the_question_was_given_up_counts_after_a_restart_too():
+    answer = Answer(prompt=0, reward=1.0, num_tokens=3, truncated=False)
+    faults = Counter({LeaseOutcome.DATA: 2})
+    found = RecoveredEvaluation(
+        number=1,
+        version=PolicyVersion(1, 0),
+        digest="d",
+        plan="",
+        slots={0: RecoveredSlot(next_attempt=2, answer=answer, faults=faults, messages=["broken"])},
+    )
+    evaluation = Evaluation(
+        number=1, version=found.version, digest="d", plan=plan_of(CONFIG), now=0.0, deadline=1.0
+    )
+    evaluation.restore(found, FleetConfig())
+    assert (evaluation.num_answers, evaluation.faults()) == (1, {})

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from actors.evaluation.config import EvalConfig
+from actors.evaluation.policies import named_policies
 from learner.algorithms.recipe import Advantage, Preset
 from learner.config import RunConfig, ScheduleConfig
 from learner.export import export
@@ -184,6 +186,18 @@ def test_an_export_names_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "full" / "thesis.tex").touch()
     with pytest.raises(ConfigError, match="is not a policy folder"):
         export(config.run_dir, tmp_path / "full")
+
+
+def test_an_evaluation_of_a_run_that_goes_on_leaves_out_checkpoints_that_are_deleted_meanwhile(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = run_config(tmp_path)
+    run_training(config, FakeCoordinator())
+    policies = named_policies(EvalConfig(run=config.run_dir, environment=("127.0.0.1:1",)))
+    assert next(policies)[0] == "step 2"
+    shutil.rmtree(config.run_dir / "checkpoints" / "step-00000003")
+    assert list(policies) == []
+    assert "step 3 is left out" in caplog.text
 
 
 def poisoned(step: int) -> Batch:

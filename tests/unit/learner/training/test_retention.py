@@ -15,14 +15,15 @@ from learner.coordinator.evaluation.config import EvaluationConfig
 from learner.coordinator.evaluation.records import EvaluationState
 from learner.coordinator.evaluation.result import EvaluationResult
 from learner.export import export
+from learner.training.batch import Batch, Group
 from learner.training.checkpoint import checkpoint_folders
 from learner.training.config import CheckpointConfig, Mode, TrainingConfig
 from learner.training.retention import MANIFEST, Means, Retention, metrics_of
 from penstock.config import to_toml
 from penstock.errors import ConfigError
 from penstock.scores import MEAN, Score
-from penstock.trajectory import PolicyVersion
-from tests.trainer_fakes import FakeCoordinator
+from penstock.trajectory import PolicyVersion, VersionSpan
+from tests.trainer_fakes import FakeCoordinator, make_trajectory
 from tests.unit.learner.training.test_loop import run_config, run_training
 
 
@@ -70,12 +71,13 @@ def keeping(
     *,
     num_steps: int,
     metric: str = "loss",
+    every_steps: int = 1,
     mode: Mode = Mode.MIN,
     evaluation: EvaluationConfig | None = None,
 ) -> RunConfig:
     """A run that keeps the newest checkpoint, and the two best by the loss."""
     config = run_config(tmp_path, num_steps=num_steps)
-    checkpoint = CheckpointConfig(every_steps=1, keep=1, keep_best=2, metric=metric, mode=mode)
+    checkpoint = CheckpointConfig(every_steps=every_steps, keep=1, keep_best=2, metric=metric, mode=mode)
     training = dataclasses.replace(config.training, checkpoint=checkpoint)
     config = dataclasses.replace(config, training=training, evaluation=evaluation or EvaluationConfig())
     (config.run_dir / "config.toml").write_text(to_toml(config), encoding="utf-8")
@@ -110,6 +112,21 @@ def test_a_metric_that_steps_do_not_have_ends_the_run_at_the_first_step(tmp_path
         ConfigError, match=r"metric is rewards, which steps of this run do not have.* reward_mean"
     ):
         run_training(keeping(tmp_path, num_steps=3, metric="rewards"), FakeCoordinator())
+
+
+def test_a_metric_that_some_steps_do_not_have_is_waited_for(tmp_path: Path) -> None:
+    sampled_by = VersionSpan(PolicyVersion(1, 1), 5)
+    trajectories = tuple(
+        make_trajectory(seed=seed, reward=float(seed), versions=(sampled_by,)) for seed in range(2)
+    )
+
+    def make(step: int) -> Batch:
+        return Batch(step=step, groups=(Group(group_id=0, trajectories=trajectories),))
+
+    config = keeping(tmp_path, num_steps=4, metric="mismatch_kl", every_steps=4)
+    coordinator = run_training(config, FakeCoordinator(make=make))
+    assert [step for step, metrics in coordinator.metrics.items() if "mismatch_kl" in metrics] == [2]
+    assert export(config.run_dir, tmp_path / "best", best=True) == 4
 
 
 def test_an_export_of_the_best_needs_the_metric(tmp_path: Path) -> None:
@@ -207,6 +224,17 @@ def test_a_checkpoint_is_evaluated_where_its_weights_are_as_by_a_trainer_that_we
     folders = checkpoint_folders(config.run_dir / "checkpoints")
     assert steps(retention.best_first(folders)) == [3, 5, 4, 2, 1]
     assert steps(retention.stale(folders)) == [4, 2, 1]
+
+
+def test_a_checkpoint_that_was_made_again_waits_for_its_own_evaluation(tmp_path: Path) -> None:
+    config = keeping(
+        tmp_path, num_steps=4, metric="evaluation/reward_mean", mode=Mode.MAX, evaluation=EVALUATED
+    )
+    run_training(config, FakeCoordinator(epoch=2))
+    abandoned = result(PolicyVersion(1, 4), 0.9, number=1)
+    (config.run_dir / "evaluations.jsonl").write_text(abandoned)
+    retention = Retention.of(config.training.checkpoint, config.run_dir)
+    assert retention.stale(checkpoint_folders(config.run_dir / "checkpoints")) == []
 
 
 @pytest.mark.parametrize(
