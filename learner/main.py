@@ -23,9 +23,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import apsw
 import uvloop
 
 from learner.config import RunConfig
+from learner.coordinator.database import open_reader
 from learner.training.launch import launch_command
 from penstock import config, log
 from penstock.errors import ConfigError, LedgerError, PenstockError, TrainingDiverged
@@ -44,7 +46,7 @@ _COORDINATOR_START_SECONDS = 120.0
 _TRAINER_GRACE_SECONDS = 7.0
 _COORDINATOR_GRACE_SECONDS = 4.0
 _FAREWELL_SECONDS = 20.0
-_FINAL = (0, ConfigError.exit_status, TrainingDiverged.exit_status, LedgerError.exit_status)
+_FINAL = (ConfigError.exit_status, TrainingDiverged.exit_status, LedgerError.exit_status)
 """Exit statuses that need no second try."""
 _TAIL_BYTES = 64 * 1024
 
@@ -138,6 +140,15 @@ def steps_done(metrics: Path) -> int:
         return 0
 
 
+def is_finished(run_dir: Path) -> bool:
+    """Whether the ledger says that all steps are trained. False if it cannot be read: its coordinator says why."""
+    try:
+        with contextlib.closing(open_reader(run_dir / "ledger.sqlite")) as db:
+            return bool(db.execute("SELECT 1 FROM meta WHERE name = 'finished'").fetchall())
+    except apsw.Error:
+        return False
+
+
 class _Programs:
     """The coordinator and the trainer."""
 
@@ -167,6 +178,9 @@ class _Programs:
             await _first_to_end(self._trainer, self._coordinator, self._stop)
             coordinator, trainer = self._coordinator.status, self._trainer.status
             if self._stop.is_set() or trainer in _FINAL or coordinator in _FINAL:
+                return
+            # In order, and yet not at the end: somebody else's signal.
+            if 0 in (trainer, coordinator) and await asyncio.to_thread(is_finished, self._settings.run_dir):
                 return
             if coordinator is not None:
                 if not await self._stop.sleep(self._coordinator_restarts.backoff(coordinator)):

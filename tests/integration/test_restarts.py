@@ -75,6 +75,20 @@ def test_trainer_and_coordinator_may_die_together(run: Cluster):
     assert lineages[2] >= 2, "training went on from a checkpoint"
 
 
+def test_a_program_that_somebody_else_ends_in_order_is_started_again_too(run: Cluster):
+    run.environment("toy_environments:Letters")
+    learner = run.learner(num_steps=12)
+    actor = run.actor("a1")
+    for step, module in ((3, "learner.training"), (7, "learner.coordinator")):
+        wait_for_metrics(run, step)
+        child(learner, module).terminate()
+    assert learner.wait() == 0
+    assert actor.wait() == 0
+    check_balance(run, num_steps=12)
+    assert "the trainer ended with status 0; starting it again" in learner.output()
+    assert "the coordinator ended with status 0; starting it again" in learner.output()
+
+
 def test_a_coordinator_that_cannot_start_ends_the_learner_with_its_reason(run: Cluster):
     run.environment("toy_environments:Letters")
     run.run_dir.mkdir()
