@@ -15,7 +15,7 @@ from pathlib import Path
 from learner.config import RunConfig
 from learner.coordinator.audit import Audit, audit
 from learner.training.launch import launch_command
-from penstock import config, log
+from penstock import config, log, parent
 from penstock.errors import ConfigError
 
 _CHECKPOINT = "step-"
@@ -42,7 +42,8 @@ def main(argv: Sequence[str]) -> int:
         arguments=[str(run_dir), str(out)],
         num_ranks=settings.training.num_ranks,
     )
-    return subprocess.run(command, check=False).returncode
+    status = subprocess.run(command, check=False, env=parent.marked()).returncode
+    return status if status >= 0 else 128 - status
 
 
 def _start(run_dir: Path, found: Audit) -> Path | None:
@@ -68,10 +69,15 @@ def _start(run_dir: Path, found: Audit) -> Path | None:
 def _prepare(out: Path, start: Path | None) -> None:
     """An empty folder, but for the checkpoint to start from. Raises ConfigError."""
     marker = out / ".penstock-replay"
-    if out.exists() and any(out.iterdir()) and not marker.exists():
-        raise ConfigError(f"{out} is not empty and not an earlier replay; choose another folder with --out")
-    shutil.rmtree(out, ignore_errors=True)
-    (out / "checkpoints").mkdir(parents=True)
-    marker.touch()
-    if start is not None:
-        (out / "checkpoints" / start.name).symlink_to(start)
+    try:
+        if out.exists() and any(out.iterdir()) and not marker.exists():
+            raise ConfigError(
+                f"{out} is not empty and not an earlier replay; choose another folder with --out"
+            )
+        shutil.rmtree(out, ignore_errors=True)
+        (out / "checkpoints").mkdir(parents=True)
+        marker.touch()
+        if start is not None:
+            (out / "checkpoints" / start.name).symlink_to(start)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written: {error}; choose another folder with --out") from error

@@ -40,9 +40,11 @@ class Demand:
             return 0
         if num_slots:
             self._slots_an_actor = sum(num_slots) / len(num_slots)
-        lease_seconds = sum(seconds for seconds, _ in self._leases)
-        num_filled = sum(filled for _, filled in self._leases)
-        step_seconds = sum(seconds for seconds, _ in self._steps)
+        # Copies: a scrape asks from a thread of its own.
+        leases, steps = list(self._leases), list(self._steps)
+        lease_seconds = sum(seconds for seconds, _ in leases)
+        num_filled = sum(filled for _, filled in leases)
+        step_seconds = sum(seconds for seconds, _ in steps)
         if not (self._slots_an_actor and num_filled and lease_seconds and step_seconds):
             return max(len(num_slots), 1)
         schedule = self._schedule
@@ -52,5 +54,5 @@ class Demand:
             # The learner idles while rollouts are played: every slot that can be leased shortens that.
             return most
         actor_rate = self._slots_an_actor * num_filled / lease_seconds
-        learner_rate = sum(number for _, number in self._steps) / step_seconds
+        learner_rate = sum(number for _, number in steps) / step_seconds
         return min(max(math.ceil(learner_rate / actor_rate), 1), most)

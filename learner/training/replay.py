@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ from learner.training.coordinator import Lineage, NextBatch
 from learner.training.start import join_ranks, train
 from learner.training.stopping import StopOnSignal
 from penstock import config as configuration
-from penstock import log
+from penstock import log, parent
 from penstock.cli import run as run_program
 from penstock.codec import trajectory_from_wire
 from penstock.errors import LedgerError, PenstockError, ProtocolError
@@ -109,6 +110,7 @@ def main(argv: Sequence[str]) -> int:
     run_dir, out = map(Path, argv)
     stop = StopOnSignal()
     stop.listen()
+    parent.follow(signal.SIGKILL)
     log.configure()
     config = configuration.load(
         RunConfig, [str(run_dir / "config.toml")], prog="penstock replay", description=""

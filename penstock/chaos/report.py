@@ -14,6 +14,7 @@ from learner.coordinator.audit import audit
 from penstock.chaos.checker import check
 from penstock.chaos.evidence import Evidence, gather, read_metrics
 from penstock.chaos.killer import Kill, Victim
+from penstock.errors import ConfigError
 from penstock.quickstart.summary import Summary
 
 UNDISTURBED = (0.977, 0.986)
@@ -44,6 +45,7 @@ class Report:
         return not self.violations and not self.lost and not self.trained_twice and self.trained > 0
 
     def write(self, path: Path) -> None:
+        """Raises ConfigError."""
         results = {
             "kills": len(self.kills),
             "lost": self.lost,
@@ -65,7 +67,10 @@ class Report:
             for kill in self.kills
         ]
         text = json.dumps({"results": results, "killed": killed}, indent=2)
-        path.write_text(text + "\n", encoding="utf-8")
+        try:
+            path.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written: {error}") from error
 
 
 def verify(run_dir: Path, histories: Path, summary: Summary, kills: Sequence[Kill]) -> Report:

@@ -36,6 +36,8 @@ class ChaosConfig:
         for name in ("minutes", "every_seconds"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected more than 0")
+        if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):
+            raise ConfigError(f"json is {self.json}; expected a file in a folder that exists")
         self.quickstart()
 
     def quickstart(self) -> QuickstartConfig:

@@ -46,11 +46,15 @@ class Target:
     """Deadline of each call."""
 
     def __post_init__(self) -> None:
-        if self.timeout_seconds <= 0:
-            raise ConfigError(f"timeout_seconds is {self.timeout_seconds}; expected more than 0")
+        _check_timeout(self.timeout_seconds)
 
     def connect(self) -> RunClient:
         return RunClient(self.learner, timeout_seconds=self.timeout_seconds)
+
+
+def _check_timeout(seconds: float) -> None:
+    if seconds <= 0:
+        raise ConfigError(f"timeout_seconds is {seconds}; expected more than 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +70,11 @@ class EventsTarget(Target):
     after: int = 0
     """Begin after the event of this number."""
 
+    def __post_init__(self) -> None:
+        Target.__post_init__(self)
+        if not 0 <= self.after < 2**63:
+            raise ConfigError(f"after is {self.after}; expected 0 (all) or the number of an event")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActorTarget:
@@ -73,6 +82,9 @@ class ActorTarget:
     """Where the actor answers operators; `penstock status --json` lists them."""
     timeout_seconds: float = 5.0
     """Deadline of the call."""
+
+    def __post_init__(self) -> None:
+        _check_timeout(self.timeout_seconds)
 
 
 def status(argv: Sequence[str]) -> int:

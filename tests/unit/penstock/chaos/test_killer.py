@@ -120,6 +120,13 @@ def test_a_time_that_is_none_is_refused() -> None:
         ChaosConfig(minutes=0)
 
 
+def test_results_that_could_not_be_written_are_refused_before_the_run(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "absent" / "chaos.json"):
+        with pytest.raises(ConfigError, match="expected a file in a folder that exists"):
+            ChaosConfig(json=path)
+    assert ChaosConfig(json=tmp_path / "chaos.json").json
+
+
 def test_a_machine_that_is_twice_as_fast_gets_twice_the_steps_but_no_run_is_shorter_than_the_quickstart() -> (
     None
 ):

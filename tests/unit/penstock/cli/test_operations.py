@@ -172,3 +172,22 @@ def test_an_address_that_is_none_is_status_2(capsys: pytest.CaptureFixture[str])
     assert cli.main(["status", "--learner", "nowhere"]) == 2
 
     assert "expected HOST:PORT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["events", "--after", "-1"], "after is -1; expected 0"),
+        (["events", "--after", str(2**63)], "expected 0 (all) or the number of an event"),
+        (["events", "--timeout-seconds", "0"], "timeout_seconds is 0.0; expected more than 0"),
+        (["drain", "127.0.0.1:1", "--timeout-seconds", "0"], "timeout_seconds is 0.0; expected more than 0"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_status_2(
+    arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+
+    assert ended.value.code == 2
+    assert problem in " ".join(capsys.readouterr().err.split())
