@@ -29,6 +29,7 @@ async def undisturbed(folder: Path, num_steps: int) -> list[tuple[int, int, int]
         return schedule_of(bench)
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "victim",
     [
