@@ -107,7 +107,7 @@ def test_a_run_keeps_its_best_over_a_restart_and_exports_the_best_that_is_sound(
     assert "is damaged, and the next best is taken" in caplog.text
 
 
-def test_a_metric_that_steps_do_not_have_ends_the_run_at_the_first_step(tmp_path: Path) -> None:
+def test_a_metric_that_steps_do_not_have_ends_the_run_at_the_first_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"metric is rewards, which steps of this run do not have.* reward_mean"
     ):
